@@ -1,0 +1,1 @@
+"""Configuration, clusters, submission, tracking and reports: everything around a run except the run itself."""
