@@ -1,0 +1,288 @@
+"""Judges values that are each fine alone: names, ranges, and combinations of keys. Pure functions, no effects.
+
+A rule looks at a whole configuration and returns what is wrong with it. A search must obey the rules at every point of
+its space, so that no trial fails on a combination that could have been refused before the first one started.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from orchestrator.config_errors import SPACE, known_keys, show, unknown_key, value_problem
+
+if TYPE_CHECKING:
+    from orchestrator.config import Config, Domain, Search
+
+_MAX_NAME = 100
+_NOT_SEARCHABLE = (
+    "name", "data.train", "data.val", "train.init_from", "train.checkpoint", "cluster", "storage", "tracking", "search",
+)  # fmt: skip
+# An integer axis up to this long is tried value by value, a longer one at its two ends.
+_MAX_VALUES = 256
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A law over several keys.
+
+    Attributes:
+        keys: The keys that it reads, so that a search knows which of its axes it must combine.
+        problem: Returns what is wrong with a configuration, or None.
+    """
+
+    keys: tuple[str, ...]
+    problem: Callable[["Config"], str | None]
+
+
+def check_name(name: str) -> str:
+    """Return `name` when it can be the name of a run.
+
+    It is shown in tables and stands in paths, and is never part of a shell line, so quotes and `$` are fine.
+
+    Raises:
+        ValueError: It is blank, too long, or holds a slash or a character that does not print.
+    """
+    if not name.strip() or name in {".", ".."}:
+        raise ValueError("is no name")
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"has {len(name)} characters; at most {_MAX_NAME} fit in a table")
+    if "/" in name or "\\" in name or not name.isprintable():
+        raise ValueError("holds a slash, a line break or another character that does not print")
+    return name
+
+
+def check_inputs(inputs: str | tuple[int, ...]) -> str | tuple[int, ...]:
+    """Return `inputs` when it is a word or a list of different layers.
+
+    Raises:
+        ValueError: The list is empty or names a layer twice.
+    """
+    if inputs == ():
+        raise ValueError("is empty; write none for no binary inputs")
+    if isinstance(inputs, tuple) and len(set(inputs)) < len(inputs):
+        raise ValueError("names a layer twice")
+    return inputs
+
+
+def check_domain(domain: "Domain") -> "Domain":
+    """Return `domain` when it holds at least one value.
+
+    Raises:
+        ValueError: A range is empty or reversed, a logarithmic one starts at 0 or below, a choice is empty or repeats.
+    """
+    values: tuple[Any, ...] = domain.values
+    if domain.kind == "choice":
+        if not values or len({show(value) for value in values}) < len(values):
+            raise ValueError("must offer one value at least, and none of them twice")
+        return domain
+    low, high = values
+    if low >= high:
+        raise ValueError("must be [lowest, highest] with lowest below highest")
+    if domain.kind == "log" and low <= 0:
+        raise ValueError("must start above 0; a logarithm has no 0")
+    return domain
+
+
+def check_config(config: "Config") -> None:
+    """Hold `config`, and every point of its search space, against all rules.
+
+    Raises:
+        ValueError: One line for each broken rule.
+    """
+    problems = [problem for rule in _RULES if (problem := rule.problem(config))]
+    if config.search and not problems:
+        problems += _search_problems(config, config.search)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _bin_range(config: "Config") -> str | None:
+    start, end = config.binarize.bin_start, config.binarize.bin_end
+    if start is None or end is None or start <= end:
+        return None
+    return (
+        f"binarize.bin_end: {end} comes before binarize.bin_start={start}, which leaves no layer to binarize. "
+        f"Give at least {start}, or take the float model of the family."
+    )
+
+
+def _batch_size(config: "Config") -> str | None:
+    size, workers = config.data.batch_size, config.cluster.num_workers
+    below = size // workers * workers
+    if size % workers:
+        return (
+            f"data.batch_size: {size} is not a multiple of cluster.num_workers={workers}; each worker takes an equal "
+            "share, so that the samples of a step do not depend on the number of workers. "
+            f"Use {max(below, 2 * workers)} or {max(below, 2 * workers) + workers}."
+        )
+    if size < 2 * workers:
+        return (
+            f"data.batch_size: {size} over {workers} workers is one sample each; BatchNorm needs two to have a "
+            f"variance. Use at least {2 * workers}."
+        )
+    return None
+
+
+def _rate_limits(config: "Config") -> str | None:
+    low, high = config.optim.min_lr, config.optim.max_lr
+    if low <= high:
+        return None
+    return f"optim.min_lr: {low} is above optim.max_lr={high}; the schedule goes down from one to the other. Lower it."
+
+
+def _sgd_only(config: "Config") -> str | None:
+    optim = config.optim
+    if optim.name == "sgd" or _is_searched(config, "optim.name"):
+        return None
+    for key, value in (("nesterov", optim.nesterov), ("momentum", optim.momentum)):
+        if value != type(optim).model_fields[key].default:
+            return f"optim.{key}: {show(value)} has no effect with optim.name={optim.name}. Remove it, or use sgd."
+    return None
+
+
+def _nesterov(config: "Config") -> str | None:
+    if config.optim.nesterov and config.optim.momentum == 0:
+        return "optim.nesterov: true needs momentum, and optim.momentum is 0. Raise one or turn off the other."
+    return None
+
+
+def _decay_only(config: "Config") -> str | None:
+    schedule = config.schedule
+    if schedule.name == "decay" or _is_searched(config, "schedule.name"):
+        return None
+    for key, value in (("interval", schedule.interval), ("level", schedule.level)):
+        if value != type(schedule).model_fields[key].default:
+            return f"schedule.{key}: {value} has no effect with schedule.name={schedule.name}. Remove it, or use decay."
+    return None
+
+
+def _warmup(config: "Config") -> str | None:
+    limits = {"train.epochs": config.train.epochs}
+    if config.search and config.search.epochs:
+        limits["search.epochs"] = config.search.epochs
+    for key, epochs in limits.items():
+        if config.schedule.warmup_epochs >= epochs:
+            return f"schedule.warmup_epochs: {config.schedule.warmup_epochs} is all of {key}={epochs}. Use fewer."
+    return None
+
+
+def _gpu_share(config: "Config") -> str | None:
+    gpus, workers = config.cluster.gpus_per_worker, config.cluster.num_workers
+    if gpus > 1 and gpus != int(gpus):
+        return f"cluster.gpus_per_worker: {gpus} is neither a whole number nor a part of one GPU. Use {int(gpus)}."
+    if gpus != int(gpus) and workers > 1:
+        return (
+            f"cluster.gpus_per_worker: {gpus} with {workers} workers would put two ranks on one GPU, where NCCL hangs. "
+            "Use 1, or cluster.num_workers=1."
+        )
+    return None
+
+
+_RULES = (
+    Rule(("binarize.bin_start", "binarize.bin_end"), _bin_range),
+    Rule(("data.batch_size",), _batch_size),
+    Rule(("optim.min_lr", "optim.max_lr"), _rate_limits),
+    Rule(("optim.name", "optim.momentum", "optim.nesterov"), _sgd_only),
+    Rule(("optim.momentum", "optim.nesterov"), _nesterov),
+    Rule(("schedule.name", "schedule.interval", "schedule.level"), _decay_only),
+    Rule(("train.epochs", "schedule.warmup_epochs"), _warmup),
+    Rule((), _gpu_share),
+)
+
+
+def _is_searched(config: "Config", key: str) -> bool:
+    return config.search is not None and key in config.search.space
+
+
+def _search_problems(config: "Config", search: "Search") -> list[str]:
+    problems = [problem for key, domain in search.space.items() if (problem := _axis_problem(config, key, domain))]
+    if not problems:
+        problems = [problem for rule in _RULES if (problem := _space_problem(config, search, rule))]
+    problems += [problem for check in (_objective, _grid) if (problem := check(search))]
+    return problems
+
+
+def _axis_problem(config: "Config", key: str, domain: "Domain") -> str | None:
+    searchable = {leaf: field for leaf, field in _leaves(config).items() if not _is_fixed(leaf)}
+    if key not in _leaves(config):
+        return f"{SPACE}.{unknown_key(key, searchable)}"
+    if key not in searchable:
+        return f"{SPACE}.{key}: cannot differ between the trials of a search. Set {key} itself."
+    if key == "train.epochs" and config.search and config.search.epochs:
+        return (
+            f"{SPACE}.{key}: search.epochs={config.search.epochs} already sets it for each trial. Remove one of them."
+        )
+    field = searchable[key]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+    for value in domain.values:
+        try:
+            adapter.validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            return value_problem(f"{SPACE}.{key}", error.errors()[0], field)
+    return None
+
+
+def _leaves(config: "Config") -> dict[str, FieldInfo]:
+    keys = known_keys(type(config))
+    sections = {key.rpartition(".")[0] for key in keys}
+    return {key: field for key, field in keys.items() if key not in sections}
+
+
+def _is_fixed(key: str) -> bool:
+    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in _NOT_SEARCHABLE)
+
+
+def _space_problem(config: "Config", search: "Search", rule: Rule) -> str | None:
+    axes = [key for key in rule.keys if key in search.space]
+    if not axes:
+        return None
+    for point in itertools.product(*(_samples(search.space[key]) for key in axes)):
+        choice = dict(zip(axes, point, strict=True))
+        if problem := rule.problem(_with_values(config, choice)):
+            chosen = ", ".join(f"{key}={show(value)}" for key, value in choice.items())
+            return f"{SPACE}: a trial could get {chosen}. {problem} Or narrow the space."
+    return None
+
+
+def _samples(domain: "Domain") -> tuple[Any, ...]:
+    if domain.kind != "int":
+        return domain.values
+    low, high = domain.int_ or (0, 0)
+    return tuple(range(low, high + 1)) if high - low < _MAX_VALUES else (low, high)
+
+
+def _with_values(config: "Config", values: Mapping[str, Any]) -> "Config":
+    """Return an unvalidated copy of `config` with leaves of its sections replaced."""
+    for key, value in values.items():
+        section, _, leaf = key.rpartition(".")
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update={leaf: value})})
+    return config
+
+
+def _objective(search: "Search") -> str | None:
+    if len(search.objectives) > 1:
+        return f"search.objectives: {len(search.objectives)} objectives; this version improves one. Keep the first."
+    objective = search.objectives[0]
+    wanted = "min" if objective.metric == "val_loss" else "max"
+    if objective.mode == wanted:
+        return None
+    return f"search.objectives: mode {objective.mode} would look for the worst {objective.metric}. Use mode: {wanted}."
+
+
+def _grid(search: "Search") -> str | None:
+    if search.algorithm != "grid":
+        return None
+    for key, domain in search.space.items():
+        if domain.kind not in {"int", "choice"}:
+            return f"{SPACE}.{key}: {domain.kind} has no end of values, and a grid visits each. Use choice, or tpe."
+    sizes = (v[1] - v[0] + 1 if (v := domain.int_) else len(domain.values) for domain in search.space.values())
+    size = math.prod(sizes)
+    if size <= search.num_trials:
+        return None
+    return f"search.num_trials: {search.num_trials} is less than the {size} points of the grid. Raise it."
