@@ -1,0 +1,73 @@
+"""The network that `build` returns, and the specification that it carries."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from dabnn.errors import InvalidInputError
+from dabnn.models.family import Stages
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that decides an architecture, resolved; `build(**dataclasses.asdict(spec))` builds it again.
+
+    All values survive JSON (tuples come back as lists, which `build` takes as well).
+
+    Attributes:
+        name: model name.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        input_size: height and width of the images, pixels.
+        width: multiplier of every hidden channel count.
+        bin_start: first convolution with binary weights, counted from 1; None where no range is binarized.
+        bin_end: last one, included.
+        weights: quantizer of the binary weights.
+        center: what is subtracted before quantizing; None for the default of each layer.
+        inputs: "model", "none" or the numbers of the convolutions with sign inputs.
+        plan: {"binary_weights": numbers, "binary_inputs": numbers} where given instead of range and inputs.
+    """
+
+    name: str
+    num_classes: int
+    in_channels: int
+    input_size: int
+    width: float
+    bin_start: int | None
+    bin_end: int | None
+    weights: str
+    center: str | None
+    inputs: str | tuple[int, ...]
+    plan: dict[str, tuple[int, ...]] | None
+
+
+class Network(nn.Sequential):
+    """A classifier: images (N, in_channels, input_size, input_size) floating -> logits (N, num_classes).
+
+    Images of another size are refused: a fully convolutional body would fold their positions into the batch.
+
+    Attributes:
+        spec: what was built.
+    """
+
+    def __init__(self, stages: Stages, spec: ModelSpec) -> None:
+        super().__init__()
+        for name, module in stages.items():
+            self.add_module(name, module)
+        self.spec = spec
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the parent's name, callable by keyword
+        """Return the logits (N, num_classes) of images (N, in_channels, input_size, input_size).
+
+        Raises:
+            InvalidInputError: if the images have another number of channels or another size.
+        """
+        expected = (self.spec.in_channels, self.spec.input_size, self.spec.input_size)
+        if input.dim() != 4 or tuple(input.shape[1:]) != expected:
+            raise InvalidInputError(
+                f"images: shape {tuple(input.shape)} does not fit this {self.spec.name}, which takes (N, "
+                f"{', '.join(map(str, expected))}). Resize the images, or build the model with other model.in_channels "
+                "and model.input_size."
+            )
+        return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
