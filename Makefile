@@ -82,7 +82,7 @@ endef
 # $(PYTHON) is empty when none was found.
 define need_python
 "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-echo "dab needs python 3.11 or newer: $(or $(PYTHON),none of python3.13 python3.12 python3.11 python3) is not. \
+echo "dab needs python 3.11 or newer, and found $(or $(PYTHON),no python3.13 python3.12 python3.11 or python3 on PATH that is). \
 Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 endef
 
