@@ -27,8 +27,9 @@ from pydantic import (
     model_validator,
 )
 
+from dabnn.errors import InvalidInputError
 from orchestrator.config_errors import invalid_config
-from orchestrator.config_rules import check_config, check_domain, check_inputs, check_name
+from orchestrator.config_rules import check_config, check_domain, check_inputs, check_name, check_written
 from orchestrator.config_source import assign, parse_override, read_mapping
 
 Scalar = str | int | float | bool | None
@@ -281,7 +282,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     for text in overrides:
         key, value = parse_override(text)
         assign(Config, raw, key, value)
-    return _validate(raw)
+    config = _validate(raw)
+    try:
+        check_written(config)
+    except ValueError as error:
+        raise InvalidInputError(str(error)) from None
+    return config
 
 
 def with_overrides(config: Config, values: Mapping[str, Any]) -> Config:

@@ -7,7 +7,7 @@ its space, so that no trial fails on a combination that could have been refused 
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +19,16 @@ from orchestrator.config_errors import SPACE, known_keys, show, unknown_key, val
 if TYPE_CHECKING:
     from orchestrator.config import Config, Domain, Search
 
+_START, _END = "binarize.bin_start", "binarize.bin_end"
 _MAX_NAME = 100
 _NOT_SEARCHABLE = (
     "name", "data.train", "data.val", "train.init_from", "train.checkpoint", "cluster", "storage", "tracking", "search",
 )  # fmt: skip
+# Key, the value it must have, and the keys that are looked at only then.
+_NEEDS = (
+    ("optim.name", "sgd", ("optim.momentum", "optim.nesterov")),
+    ("schedule.name", "decay", ("schedule.interval", "schedule.level")),
+)
 # An integer axis up to this long is tried value by value, a longer one at its two ends.
 _MAX_VALUES = 256
 
@@ -102,9 +108,33 @@ def check_config(config: "Config") -> None:
         raise ValueError("\n".join(problems))
 
 
+def check_written(config: "Config") -> None:
+    """Refuse values that `config` would never look at, so that nothing a person writes is silently ignored.
+
+    The trials of a search are not held to this: one with `cosine` carries the `interval` of its siblings with `decay`.
+
+    Raises:
+        ValueError: One line for each value without effect.
+    """
+    problems = []
+    for selector, wanted, keys in _NEEDS:
+        chosen = _value(config, selector)
+        if chosen == wanted or _is_searched(config, selector):
+            continue
+        for key in keys:
+            if _is_searched(config, key) or _value(config, key) != _leaves(config)[key].default:
+                problems.append(f"{key}: has no effect with {selector}={chosen}. Remove it, or use {wanted}.")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _bin_range_is_empty(start: int | None, end: int | None) -> bool:
+    return start is not None and end is not None and start > end
+
+
 def _bin_range(config: "Config") -> str | None:
     start, end = config.binarize.bin_start, config.binarize.bin_end
-    if start is None or end is None or start <= end:
+    if not _bin_range_is_empty(start, end):
         return None
     return (
         f"binarize.bin_end: {end} comes before binarize.bin_start={start}, which leaves no layer to binarize. "
@@ -136,29 +166,9 @@ def _rate_limits(config: "Config") -> str | None:
     return f"optim.min_lr: {low} is above optim.max_lr={high}; the schedule goes down from one to the other. Lower it."
 
 
-def _sgd_only(config: "Config") -> str | None:
-    optim = config.optim
-    if optim.name == "sgd" or _is_searched(config, "optim.name"):
-        return None
-    for key, value in (("nesterov", optim.nesterov), ("momentum", optim.momentum)):
-        if value != type(optim).model_fields[key].default:
-            return f"optim.{key}: {show(value)} has no effect with optim.name={optim.name}. Remove it, or use sgd."
-    return None
-
-
 def _nesterov(config: "Config") -> str | None:
     if config.optim.nesterov and config.optim.momentum == 0:
         return "optim.nesterov: true needs momentum, and optim.momentum is 0. Raise one or turn off the other."
-    return None
-
-
-def _decay_only(config: "Config") -> str | None:
-    schedule = config.schedule
-    if schedule.name == "decay" or _is_searched(config, "schedule.name"):
-        return None
-    for key, value in (("interval", schedule.interval), ("level", schedule.level)):
-        if value != type(schedule).model_fields[key].default:
-            return f"schedule.{key}: {value} has no effect with schedule.name={schedule.name}. Remove it, or use decay."
     return None
 
 
@@ -185,12 +195,10 @@ def _gpu_share(config: "Config") -> str | None:
 
 
 _RULES = (
-    Rule(("binarize.bin_start", "binarize.bin_end"), _bin_range),
+    Rule((_START, _END), _bin_range),
     Rule(("data.batch_size",), _batch_size),
     Rule(("optim.min_lr", "optim.max_lr"), _rate_limits),
-    Rule(("optim.name", "optim.momentum", "optim.nesterov"), _sgd_only),
     Rule(("optim.momentum", "optim.nesterov"), _nesterov),
-    Rule(("schedule.name", "schedule.interval", "schedule.level"), _decay_only),
     Rule(("train.epochs", "schedule.warmup_epochs"), _warmup),
     Rule((), _gpu_share),
 )
@@ -234,27 +242,45 @@ def _leaves(config: "Config") -> dict[str, FieldInfo]:
     return {key: field for key, field in keys.items() if key not in sections}
 
 
+def _value(config: "Config", key: str) -> Any:
+    section, _, leaf = key.rpartition(".")
+    return getattr(getattr(config, section), leaf)
+
+
 def _is_fixed(key: str) -> bool:
     return any(key == fixed or key.startswith(f"{fixed}.") for fixed in _NOT_SEARCHABLE)
 
 
 def _space_problem(config: "Config", search: "Search", rule: Rule) -> str | None:
     axes = [key for key in rule.keys if key in search.space]
-    if not axes:
-        return None
-    for point in itertools.product(*(_samples(search.space[key]) for key in axes)):
-        choice = dict(zip(axes, point, strict=True))
-        if problem := rule.problem(_with_values(config, choice)):
-            chosen = ", ".join(f"{key}={show(value)}" for key, value in choice.items())
+    for point in _points(search, axes) if axes else ():
+        if problem := rule.problem(_with_values(config, point)):
+            chosen = ", ".join(f"{key}={show(value)}" for key, value in point.items())
             return f"{SPACE}: a trial could get {chosen}. {problem} Or narrow the space."
     return None
 
 
+def _points(search: "Search", axes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the points that a search can reach on `axes`, as far as they decide whether a rule holds."""
+    samples = {key: _samples(search.space[key]) for key in axes}
+    draws_end = {_START, _END} <= set(axes) and (search.algorithm == "grid" or search.space[_END].kind == "int")
+    for values in itertools.product(*samples.values()):
+        point = dict(zip(axes, values, strict=True))
+        # The searcher draws the end from what the start leaves, so only a start that leaves nothing is wrong.
+        if draws_end and _bin_range_is_empty(point[_START], point[_END]) and point[_START] <= max(samples[_END]):
+            continue
+        yield point
+
+
+def _num_points(domain: "Domain") -> int:
+    return domain.int_[1] - domain.int_[0] + 1 if domain.int_ else len(domain.values)
+
+
 def _samples(domain: "Domain") -> tuple[Any, ...]:
-    if domain.kind != "int":
+    if domain.int_ is None:
         return domain.values
-    low, high = domain.int_ or (0, 0)
-    return tuple(range(low, high + 1)) if high - low < _MAX_VALUES else (low, high)
+    low, high = domain.int_
+    return tuple(range(low, high + 1)) if high - low < _MAX_VALUES else domain.int_
 
 
 def _with_values(config: "Config", values: Mapping[str, Any]) -> "Config":
@@ -281,8 +307,9 @@ def _grid(search: "Search") -> str | None:
     for key, domain in search.space.items():
         if domain.kind not in {"int", "choice"}:
             return f"{SPACE}.{key}: {domain.kind} has no end of values, and a grid visits each. Use choice, or tpe."
-    sizes = (v[1] - v[0] + 1 if (v := domain.int_) else len(domain.values) for domain in search.space.values())
-    size = math.prod(sizes)
+    pair = [key for key in (_START, _END) if key in search.space]
+    others = (_num_points(domain) for key, domain in search.space.items() if key not in pair)
+    size = math.prod(others) * sum(1 for _ in _points(search, pair))
     if size <= search.num_trials:
         return None
     return f"search.num_trials: {search.num_trials} is less than the {size} points of the grid. Raise it."

@@ -17,4 +17,8 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
 def _likeness(word: str, candidate: str) -> float:
     whole = SequenceMatcher(None, word, candidate).ratio()
     last_word, last_part = word.rpartition(".")[2], candidate.rpartition(".")[2]
-    return whole + SequenceMatcher(None, last_word, last_part).ratio() + (0.5 if last_word in last_part else 0.0)
+    return (
+        whole
+        + SequenceMatcher(None, last_word, last_part).ratio()
+        + (0.5 if len(last_word) > 1 and last_word in last_part else 0.0)
+    )
