@@ -1,0 +1,13 @@
+"""Packed binary arithmetic: sign packing, packed convolution, the DAB weight quantizer.
+
+Each operation stands in one module with its plain-torch reference and its `torch.library` operator; the Numba (CPU)
+and Triton (GPU) versions stand beside it in `*_numba.py` and `*_triton.py` and are imported at the first call, so
+that importing `kernels` asks nothing of the machine. Left out: gradients (the layers of `dabnn` own them) and caches
+of rearranged weights.
+"""
+
+from kernels.conv import packed_conv2d
+from kernels.dab import quantize_dab
+from kernels.packing import pack_signs, unpack_signs
+
+__all__ = ["pack_signs", "packed_conv2d", "quantize_dab", "unpack_signs"]

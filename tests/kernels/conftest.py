@@ -1,0 +1,14 @@
+"""Without a CUDA device the Triton kernels run under Triton's interpreter, which they ask for when they are imported."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def triton_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
