@@ -29,8 +29,9 @@ class BinaryConv2d(nn.Conv2d):
 
     Evaluation with both: (alpha - beta) * conv(sign(x), e) + beta * conv(sign(x), 1), then + bias, as separate float32
     operations in that order, where e is the 0/1 mask. Both convolutions are whole numbers, exact in float32, so a
-    packed network can agree bit for bit. With binary weights alone: conv2d with the dense two-valued weight. In evaluation
-    the code is kept until the weight changes, and no gradient reaches the weight (with both binary: nor the input).
+    packed network can agree bit for bit. With binary weights alone: conv2d with the dense two-valued weight. In
+    evaluation the code is kept until the weight changes, and no gradient reaches the weight (with both binary: nor the
+    input).
 
     Source: Distribution-Aware Binarization, arXiv 1804.02941; XNOR-Net, arXiv 1603.05279, for the sign inputs.
 

@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from dabnn.errors import InvalidInputError
-from dabnn.models.family import Stages
+from dabnn.models.family import Shape, Stages
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class ModelSpec:
     center: str | None
     inputs: str | tuple[int, ...]
     plan: dict[str, tuple[int, ...]] | None
+
+    def shape(self) -> Shape:
+        """Return the part that a family's architecture depends on."""
+        return Shape(self.in_channels, self.input_size, self.num_classes, self.width)
 
 
 class Network(nn.Sequential):

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from dabnn.layers import BinaryConv2d
-from dabnn.models.family import Shape
 from dabnn.models.network import ModelSpec, Network
 from dabnn.models.zoo import find
 from dabnn.plans import numbered_convs
@@ -140,10 +139,9 @@ def _num_elements(tensors: Any) -> int:
 def _output_sizes(spec: ModelSpec) -> dict[int, int]:
     """Return {number: output positions of that convolution} from a pass over shapes alone, without data."""
     family, variant = find(spec.name)
-    shape = Shape(spec.in_channels, spec.input_size, spec.num_classes, spec.width)
     sizes: dict[int, int] = {}
     with torch.device("meta"), torch.no_grad():
-        body = nn.Sequential(*family.build(variant, shape).values()).eval()
+        body = nn.Sequential(*family.build(variant, spec.shape()).values()).eval()
         for index, (_, conv) in numbered_convs(body).items():
             conv.register_forward_hook(lambda _, __, output, index=index: sizes.update({index: output[0, 0].numel()}))
         body(torch.empty(1, spec.in_channels, spec.input_size, spec.input_size))

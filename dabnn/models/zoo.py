@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from dabnn.choices import unknown_choice
 from dabnn.errors import InvalidInputError
 from dabnn.models.bincifar import BINCIFAR
-from dabnn.models.family import Family, Kind, Shape, Variant
+from dabnn.models.family import Family, Kind, Variant
 from dabnn.models.network import ModelSpec, Network
 from dabnn.models.sketchanet import SKETCHANET
 from dabnn.plans import LayerPlan, apply_plan, bin_range, check_indices, numbered_convs
@@ -74,99 +75,85 @@ def build(
         InvalidInputError: starting with the field that cannot be.
     """
     family, variant = find(name)
-    check_method(weights)
-    if center is not None and center not in CENTERS:
-        raise unknown_choice("binarize.center", center, CENTERS)
-    shape = _shape(family, in_channels, input_size, num_classes, width)
-    with torch.random.fork_rng(devices=[]):
-        stages = family.build(variant, shape)
-    num_convs = len(numbered_convs(nn.ModuleDict(stages)))
-    if plan is None:
-        bin_start, bin_end = _resolve_range(variant, bin_start, bin_end, num_convs)
-        resolved = _plan(variant, bin_start, bin_end, inputs, num_convs)
-    else:
-        _refuse_mixture(bin_start, bin_end, inputs)
-        resolved = plan if isinstance(plan, LayerPlan) else _plan_of(plan)
     spec = ModelSpec(
         name=name,
         num_classes=num_classes,
-        in_channels=shape.in_channels,
-        input_size=shape.input_size,
+        in_channels=family.in_channels if in_channels is None else in_channels,
+        input_size=family.input_size if input_size is None else input_size,
         width=width,
         bin_start=bin_start,
         bin_end=bin_end,
         weights=weights,
         center=center,
         inputs=inputs if isinstance(inputs, str) else tuple(sorted(set(inputs))),
-        plan=None if plan is None else _as_dict(resolved),
+        plan=None if plan is None else _sets(plan),
     )
+    _check(spec)
+    with torch.random.fork_rng(devices=[]):
+        stages = family.build(variant, spec.shape())
+    num_convs = len(numbered_convs(nn.ModuleDict(stages)))
+    spec = _with_range(spec, variant, num_convs)
     net = Network(stages, spec)
     _initialize(net, None if seed is None else torch.Generator().manual_seed(seed))
-    apply_plan(net, resolved, weights=weights, center=center)
+    apply_plan(net, _layer_plan(spec, variant, num_convs), weights=weights, center=center)
     return net
 
 
-def _shape(family: Family, in_channels: int | None, input_size: int | None, num_classes: int, width: float) -> Shape:
-    shape = Shape(
-        in_channels=family.in_channels if in_channels is None else in_channels,
-        input_size=family.input_size if input_size is None else input_size,
-        num_classes=num_classes,
-        width=width,
-    )
+def _sets(plan: LayerPlan | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    sets = asdict(plan) if isinstance(plan, LayerPlan) else plan
+    known = [field.name for field in fields(LayerPlan)]
+    for key in sets:
+        if key not in known:
+            raise unknown_choice("binarize.plan", key, known)
+    return {key: tuple(sorted(sets.get(key, ()))) for key in known}
+
+
+def _check(spec: ModelSpec) -> None:
     for field in ("in_channels", "input_size", "num_classes"):
-        if getattr(shape, field) < 1:
-            raise InvalidInputError(f"model.{field}: {getattr(shape, field)} must be at least 1.")
-    if not (width > 0 and math.isfinite(width)):
-        raise InvalidInputError(f"model.width: {width} must be a positive number; 1.0 is the published size.")
-    return shape
-
-
-def _resolve_range(
-    variant: Variant, bin_start: int | None, bin_end: int | None, num_convs: int
-) -> tuple[int | None, int | None]:
-    """Return the range with its defaults; (None, None) for a float variant that is given none."""
-    if bin_start is None and bin_end is None and variant.kind is Kind.FLOAT:
-        return None, None
-    return 2 if bin_start is None else bin_start, num_convs - 1 if bin_end is None else bin_end
-
-
-def _plan(
-    variant: Variant, bin_start: int | None, bin_end: int | None, inputs: str | Sequence[int], num_convs: int
-) -> LayerPlan:
-    named = () if bin_start is None or bin_end is None else bin_range(bin_start, bin_end, num_convs)
-    return LayerPlan.of(named, _sign_inputs(variant, inputs, num_convs))
-
-
-def _sign_inputs(variant: Variant, inputs: str | Sequence[int], num_convs: int) -> frozenset[int]:
-    if not isinstance(inputs, str):
-        return check_indices("binarize.inputs", inputs, num_convs)
-    choices = {"model": variant.signs, "none": frozenset[int]()}
-    if inputs not in choices:
-        raise unknown_choice("binarize.inputs", inputs, choices)
-    return choices[inputs]
-
-
-def _refuse_mixture(bin_start: int | None, bin_end: int | None, inputs: str | Sequence[int]) -> None:
-    if bin_start is not None or bin_end is not None or inputs != "model":
+        if getattr(spec, field) < 1:
+            raise InvalidInputError(f"model.{field}: {getattr(spec, field)} must be at least 1.")
+    if not (spec.width > 0 and math.isfinite(spec.width)):
+        raise InvalidInputError(f"model.width: {spec.width} must be a positive number; 1.0 is the published size.")
+    check_method(spec.weights)
+    if spec.center is not None and spec.center not in CENTERS:
+        raise unknown_choice("binarize.center", spec.center, CENTERS)
+    has_range = spec.bin_start is not None or spec.bin_end is not None
+    if spec.plan is not None and (has_range or spec.inputs != "model"):
         raise InvalidInputError(
             "binarize.plan: names all layers already, so leave out binarize.bin_start, binarize.bin_end and "
             "binarize.inputs."
         )
 
 
-def _plan_of(sets: Mapping[str, Sequence[int]]) -> LayerPlan:
-    known = ("binary_weights", "binary_inputs")
-    for key in sets:
-        if key not in known:
-            raise unknown_choice("binarize.plan", key, known)
-    return LayerPlan.of(**sets)
+def _with_range(spec: ModelSpec, variant: Variant, num_convs: int) -> ModelSpec:
+    """Return the spec with a missing end of its range filled in; without a range where a plan or nothing is named."""
+    has_none = spec.bin_start is None and spec.bin_end is None
+    if spec.plan is not None or (has_none and variant.kind is Kind.FLOAT):
+        return spec
+    return replace(
+        spec,
+        bin_start=2 if spec.bin_start is None else spec.bin_start,
+        bin_end=num_convs - 1 if spec.bin_end is None else spec.bin_end,
+    )
 
 
-def _as_dict(plan: LayerPlan) -> dict[str, tuple[int, ...]]:
-    return {
-        "binary_weights": tuple(sorted(plan.binary_weights)),
-        "binary_inputs": tuple(sorted(plan.binary_inputs)),
-    }
+def _layer_plan(spec: ModelSpec, variant: Variant, num_convs: int) -> LayerPlan:
+    if spec.plan is not None:
+        return LayerPlan.of(**spec.plan)
+    if spec.bin_start is None or spec.bin_end is None:
+        named = range(0)
+    else:
+        named = bin_range(spec.bin_start, spec.bin_end, num_convs)
+    return LayerPlan.of(named, _sign_inputs(variant, spec.inputs, num_convs))
+
+
+def _sign_inputs(variant: Variant, inputs: str | tuple[int, ...], num_convs: int) -> frozenset[int]:
+    if isinstance(inputs, tuple):
+        return check_indices("binarize.inputs", inputs, num_convs)
+    choices = {"model": variant.signs, "none": frozenset[int]()}
+    if inputs not in choices:
+        raise unknown_choice("binarize.inputs", inputs, choices)
+    return choices[inputs]
 
 
 def _initialize(net: nn.Module, generator: torch.Generator | None) -> None:
