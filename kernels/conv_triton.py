@@ -123,6 +123,7 @@ def _conv_kernel(
     left = (pixel % out_width) * stride_w - pad_w
 
     # A tap inside the image adds 2 * popc(b & e) - popc(e) to E and 2 * popc(b) - channels to S, others nothing.
+    # tl.full and not tl.zeros, a jitted function: interpreted or not is settled when triton loads.
     selected = tl.full((BLOCK_PIXELS, BLOCK_FILTERS), 0, dtype=tl.int32)
     total = tl.full((BLOCK_PIXELS,), 0, dtype=tl.int32)
     for tap in range(kernel_h * kernel_w):

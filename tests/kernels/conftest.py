@@ -1,4 +1,4 @@
-"""Without a CUDA device the Triton kernels run under Triton's interpreter, which they ask for when they are imported."""
+"""Without a CUDA device the Triton kernels run under Triton's interpreter; they look for it when they are imported."""
 
 import os
 
