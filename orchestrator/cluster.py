@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # Not 127.0.0.1, which Ray replaces by the address of a network card; so the cluster survives a change of network.
 _NODE_IP = "127.0.0.2"
 _WORKER_PORTS = range(10002, 20000)
-_START_TIMEOUT_S = 90.0
-_ANSWER_TIMEOUT_S = 30.0
 _GRACE_S = 15.0
 _OBJECT_STORE_BYTES = 200_000_000  # images come from shards and gradients go through gloo or NCCL: it holds little
 _MIN_CPUS = 4
@@ -103,8 +101,7 @@ def ensure_cluster(
         if server is not None and processes.is_alive(server):
             cluster = _cluster(server, folder)
             _refuse_other_ports(server, port=port, dashboard_port=dashboard_port)
-            timeout_s = _ANSWER_TIMEOUT_S if _is_up(cluster) else _START_TIMEOUT_S  # its starter may have been killed
-            processes.wait_until_ready(server, lambda: _is_up(cluster), timeout_s=timeout_s, on_wait=on_wait)
+            processes.wait_until_ready(server, lambda: _is_up(cluster), on_wait=on_wait)
             return cluster
         if server is not None:
             _clear(server, record)
@@ -193,7 +190,7 @@ def _start(
     )
     cluster = _cluster(server, folder)
     try:
-        processes.wait_until_ready(server, lambda: _is_up(cluster), timeout_s=_START_TIMEOUT_S, on_wait=on_wait)
+        processes.wait_until_ready(server, lambda: _is_up(cluster), on_wait=on_wait)
     except BaseException:
         _clear(server, record)
         raise

@@ -28,6 +28,7 @@ OnWait = Callable[[str], None]
 
 _MARKER = "DAB_SERVER"  # inherited by all that a server starts, also by jobs, which Ray puts into sessions of their own
 _CLOCK_TOLERANCE_S = 2.0  # psutil derives creation times from the boot time, which moves when the clock is set
+_READY_TIMEOUT_S = 90.0
 _FREE_PORTS = range(20000, 32768)  # above Ray's worker ports (10002-19999), below the kernel's for outgoing connections
 
 
@@ -142,8 +143,8 @@ def end(server: Server, *, grace_s: float) -> None:
         )
 
 
-def wait_until_ready(server: Server, is_ready: Callable[[], bool], *, timeout_s: float, on_wait: OnWait | None) -> None:
-    """Wait until `is_ready()`.
+def wait_until_ready(server: Server, is_ready: Callable[[], bool], *, on_wait: OnWait | None) -> None:
+    """Wait until `is_ready()`, for at most 90 s.
 
     Raises:
         DabError: The server ended or was not ready in time; the message holds the end of its log.
@@ -154,9 +155,10 @@ def wait_until_ready(server: Server, is_ready: Callable[[], bool], *, timeout_s:
         waited_s = time.monotonic() - begin
         if not is_alive(server):
             raise DabError(f"{server.title}: ended while it started. {_log_tail(server)}")
-        if waited_s > timeout_s:
+        if waited_s > _READY_TIMEOUT_S:
             raise DabError(
-                f"{server.title}: process {server.pid} gave no answer within {timeout_s:.0f} s. {_log_tail(server)}"
+                f"{server.title}: process {server.pid} gave no answer within {waited_s:.0f} s; `dab cluster down` "
+                f"ends what is left of it. {_log_tail(server)}"
             )
         if on_wait is not None and int(waited_s) > reported_s:
             reported_s = int(waited_s)
@@ -183,7 +185,7 @@ def locked(path: Path, on_wait: OnWait | None) -> Iterator[None]:
 def free_ports(count: int) -> list[int]:
     """Return ports on which nothing listens, outside the ranges from which Ray and the kernel hand out ports."""
     candidates = random.sample(_FREE_PORTS, k=len(_FREE_PORTS))
-    found = [port for port in candidates[: 50 * count] if _is_free(port)][:count]
+    found = [port for port in candidates[: 50 * count] if is_free(port)][:count]
     if len(found) < count:
         raise DabError(
             f"ports: only {len(found)} of {50 * count} tried from {_FREE_PORTS.start} on are free; {count} are needed."
@@ -195,14 +197,14 @@ def check_port(option: str, port: int, *, reserved: range | None = None) -> None
     """Refuse a port that a server of ours cannot listen on.
 
     Raises:
-        InvalidInputError: Out of range, reserved, or taken; the message starts with `option` and says by whom, if known.
+        InvalidInputError: Out of range, reserved, or taken; the message starts with `option` and says by whom.
     """
     if not 1024 <= port <= 65535:
         raise InvalidInputError(f"{option}: {port} is no port for a server; use one from 1024 to 65535.")
     if reserved is not None and port in reserved:
         limits = f"{reserved.start}-{reserved.stop - 1}"
         raise InvalidInputError(f"{option}: {port} lies in {limits}, which Ray gives to its workers; use one outside.")
-    if not _is_free(port):
+    if not is_free(port):
         raise InvalidInputError(
             f"{option}: {port} is taken by {_listener(port)}; choose another port or end that program."
         )
@@ -250,7 +252,8 @@ def _log_tail(server: Server, num_lines: int = 15) -> str:
     return f"The end of its log {server.log}:\n" + "\n".join(f"    {line}" for line in lines or ["(empty)"])
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Return whether nothing listens on a port of this machine, on any address."""
     with socket.socket() as probe:
         probe.setsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEADDR, 1

@@ -1,0 +1,176 @@
+"""Metrics files followed into MLflow while a run writes them.
+
+The file is the durable record, a line of JSON a report: `{"step": 3, "metrics": {"loss": 0.5}, "wall_time": 1.7e9}`. A
+thread sends what appears and remembers beside the file how far it came, so a server that is away, or a follower that is
+killed, costs nothing but time. Sending the same line twice does no harm: MLflow keeps one of equal points.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.home import read_record, write_private
+from orchestrator.mlflow_client import is_reachable, is_refusal, unchecked_client
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+_log = logging.getLogger(__name__)
+
+_MAX_DELAY_S = 30.0
+_MAX_METRICS_PER_CALL = 1000  # MLflow refuses more
+_MAX_LINES_PER_CALL = 200
+_REACH_TIMEOUT_S = 5.0
+
+
+@dataclass
+class _Tail:
+    """How far one file is sent.
+
+    Attributes:
+        path: Metrics file; it need not exist yet.
+        run_id: MLflow run.
+        offset: Bytes of the file that are dealt with; always the beginning of a line.
+        last_steps: Per metric the last step sent. A run that restarts from a checkpoint writes steps again.
+        is_refused: The server wants nothing for this run: it was deleted there.
+    """
+
+    path: Path
+    run_id: str
+    offset: int = 0
+    last_steps: dict[str, int] = field(default_factory=dict)
+    is_refused: bool = False
+
+    @property
+    def state_path(self) -> Path:
+        """Where a later follower finds how far this one came."""
+        return self.path.with_name(f"{self.path.name}.sent")
+
+    def restore(self) -> None:
+        state = read_record(self.state_path)
+        if state is not None and state.get("run_id") == self.run_id:
+            self.offset, self.last_steps = int(state["offset"]), dict(state["last_steps"])
+
+    def commit(self, offset: int, last_steps: dict[str, int]) -> None:
+        self.offset, self.last_steps = offset, last_steps
+        state = {"run_id": self.run_id, "offset": offset, "last_steps": last_steps}
+        write_private(self.state_path, json.dumps(state))
+
+    def lines(self, limit: int | None) -> list[bytes]:
+        """Return whole lines after `offset`; one that is still being written is left for later."""
+        try:
+            with self.path.open("rb") as file:
+                if file.seek(0, 2) < self.offset:  # the file was begun anew
+                    self.offset = 0
+                file.seek(self.offset)
+                lines = list(itertools.islice(file, limit))
+        except FileNotFoundError:
+            return []
+        return lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
+
+
+class MetricFollower:
+    """A thread that sends the metrics files of runs to an MLflow server as they grow.
+
+    It never raises into the program that trains: a server that is away is asked again, at least every 30 s, after one
+    warning.
+    """
+
+    def __init__(self, uri: str, *, poll_s: float = 0.5) -> None:
+        self._uri = uri
+        self._poll_s = poll_s
+        self._tails: list[_Tail] = []
+        self._closing = threading.Event()
+        self._deadline = float("inf")
+        self._is_away = False
+        self._thread = threading.Thread(target=self._run, name="dab-metrics", daemon=True)
+        self._thread.start()
+
+    def follow(self, path: Path, run_id: str) -> None:
+        """Follow a metrics file, from where a follower before came to; it need not exist yet."""
+        tail = _Tail(path, run_id)
+        with contextlib.suppress(OSError):  # then lines are sent twice, which does no harm
+            tail.restore()
+        self._tails.append(tail)
+
+    def close(self, timeout_s: float) -> int:
+        """Send what can be sent within `timeout_s`, stop, and return the number of lines that could not be sent.
+
+        A later follower of the same file sends them.
+        """
+        self._deadline = time.monotonic() + timeout_s
+        self._closing.set()
+        self._thread.join(timeout_s)
+        return sum(len(tail.lines(None)) for tail in self._tails)
+
+    def _run(self) -> None:
+        delay_s = self._poll_s
+        while True:
+            is_closing = self._closing.is_set()  # before sending: what was written before close() is then seen
+            is_done = self._send_all()
+            if is_closing:
+                if is_done or time.monotonic() > self._deadline:
+                    return
+                time.sleep(min(1.0, self._poll_s))
+            else:
+                delay_s = self._poll_s if is_done else min(2 * delay_s, _MAX_DELAY_S)
+                self._closing.wait(delay_s)
+
+    def _send_all(self) -> bool:
+        """Send all whole lines of all files; return whether that succeeded."""
+        from mlflow.exceptions import MlflowException
+
+        for tail in list(self._tails):
+            try:
+                while not tail.is_refused and (lines := tail.lines(_MAX_LINES_PER_CALL)):
+                    self._send(tail, lines)
+            except MlflowException as error:
+                if not is_refusal(error):
+                    self._warn_away(error)
+                    return False
+                tail.is_refused = True
+                _log.warning("MLflow takes no metrics of run %s (%s); they stay in %s", tail.run_id, error, tail.path)
+            except OSError as error:
+                self._warn_away(error)
+                return False
+        return True
+
+    def _send(self, tail: _Tail, lines: list[bytes]) -> None:
+        last_steps = dict(tail.last_steps)
+        metrics = [metric for line in lines for metric in _new_metrics(line, last_steps, tail.path)]
+        if not is_reachable(self._uri, timeout_s=_REACH_TIMEOUT_S):
+            raise ConnectionError("no answer")
+        client = unchecked_client(self._uri)
+        for begin in range(0, len(metrics), _MAX_METRICS_PER_CALL):
+            client.log_batch(tail.run_id, metrics=metrics[begin : begin + _MAX_METRICS_PER_CALL])
+        tail.commit(tail.offset + sum(map(len, lines)), last_steps)
+        if self._is_away:
+            _log.warning("MLflow at %s answers again; metrics are sent", self._uri)
+            self._is_away = False
+
+    def _warn_away(self, error: Exception) -> None:
+        if not self._is_away:
+            _log.warning("MLflow at %s is away (%s); metrics are kept on disk and sent later", self._uri, error)
+            self._is_away = True
+
+
+def _new_metrics(line: bytes, last_steps: dict[str, int], path: Path) -> list["Metric"]:
+    """Return what a line adds, and note its step in `last_steps`."""
+    from mlflow.entities import Metric
+
+    try:
+        report: dict[str, Any] = json.loads(line)
+        step, timestamp_ms = int(report["step"]), round(report["wall_time"] * 1000)
+        values = {key: float(value) for key, value in report["metrics"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _log.warning("%s: a line is no report of metrics (%s: %s); it is left out", path, type(error).__name__, error)
+        return []
+    fresh = {key: value for key, value in values.items() if step > last_steps.get(key, step - 1)}
+    last_steps.update(dict.fromkeys(fresh, step))
+    return [Metric(key, value, timestamp_ms, step) for key, value in fresh.items()]

@@ -1,0 +1,95 @@
+"""The connection to an MLflow server: quick to notice that it is away, and then clear about it.
+
+MLflow's own client would retry for minutes, and print addresses to stdout, where `--json` output belongs.
+"""
+
+import contextlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from dabnn.errors import DabError, InvalidInputError
+from orchestrator.processes import without_proxies
+
+if TYPE_CHECKING:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+_REACH_TIMEOUT_S = 8.0  # a server on a machine that trains on all cores has taken 3 s for its first answer
+_REFUSALS = (400, 404, 409, 413)
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+@contextlib.contextmanager
+def connected(uri: str) -> Iterator["MlflowClient"]:
+    """Give a client of a server within the block; what MLflow raises there becomes our errors.
+
+    Raises:
+        InvalidInputError: The URI is none of a server, or the server says that something asked for is wrong.
+        DabError: The server does not answer, within about 8 s, or fails.
+    """
+    if not is_reachable(uri, timeout_s=_REACH_TIMEOUT_S):
+        raise DabError(
+            f"MLflow: no answer from {uri}; runs are recorded there. Check that the server runs (`dab ui` starts the "
+            "one of this machine) and that tracking.uri is right."
+        )
+    client = unchecked_client(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield client
+    except MlflowException as error:
+        kind = InvalidInputError if is_refusal(error) else DabError
+        raise kind(f"MLflow: {uri} answered: {error.message}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise DabError(f"MLflow: the connection to {uri} broke ({error}); nothing else was lost. Try again.") from error
+
+
+def unchecked_client(uri: str) -> "MlflowClient":
+    """Return a client without asking whether the server is there."""
+    os.environ.update(without_proxies(os.environ))
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def is_reachable(uri: str, *, timeout_s: float) -> bool:
+    """Return whether anything answers HTTP at a server's URI.
+
+    Raises:
+        InvalidInputError: The URI is not one of a server.
+    """
+    if urlsplit(uri).scheme not in {"http", "https"} or not urlsplit(uri).netloc:
+        raise InvalidInputError(
+            f"tracking.uri: {uri!r} is not the address of an MLflow server; it must begin with http:// or https://, as "
+            "several processes write to it at once. null stands for a server on this machine."
+        )
+    os.environ.update(without_proxies(os.environ))
+    try:
+        with urllib.request.build_opener().open(f"{uri.rstrip('/')}/health", timeout=timeout_s):
+            return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code < http.client.INTERNAL_SERVER_ERROR  # a gateway answers 502 to 504 for a server that is away
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def is_refusal(error: "MlflowException") -> bool:
+    """Return whether the server understood a request and refuses it, so that sending it again is useless."""
+    from mlflow.exceptions import RestException
+
+    if not isinstance(error, RestException):
+        return False
+    return error.get_http_status_code() in _REFUSALS  # type: ignore[no-untyped-call]

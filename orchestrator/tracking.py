@@ -1,0 +1,344 @@
+"""What `dab` records of runs, in MLflow: parameters, status, metrics, files, and how runs are found again.
+
+A run is written by explicit run id, never by MLflow's global state, so any process may do it. This module is the one
+door to MLflow: the server of this machine and the follower of metrics files are reached through it too.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from dabnn.errors import InvalidInputError
+from orchestrator.metric_follower import MetricFollower
+from orchestrator.mlflow_client import connected
+from orchestrator.tracking_server import TrackingStatus, ensure_tracking, tracking_down, tracking_status
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+__all__ = [
+    "MetricFollower",
+    "RunRecord",
+    "Status",
+    "TrackingStatus",
+    "create_run",
+    "ensure_tracking",
+    "find_run",
+    "find_runs",
+    "log_dataset",
+    "log_file",
+    "log_json",
+    "log_metrics",
+    "set_status",
+    "set_tags",
+    "tracking_down",
+    "tracking_status",
+]
+
+Status = Literal["queued", "running", "finished", "failed", "stopped"]
+
+_TO_MLFLOW: dict[Status, str] = {
+    "queued": "SCHEDULED",
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "stopped": "KILLED",
+}
+_FROM_MLFLOW = {theirs: ours for ours, theirs in _TO_MLFLOW.items()}
+_ENDED = ("finished", "failed", "stopped")
+_PARENT = "mlflow.parentRunId"
+# MLflow refuses more (mlflow.utils.validation).
+_MAX_PARAM_CHARS = 6000
+_MAX_TAG_CHARS = 8000
+_MAX_PARAMS_PER_CALL = 100
+_MAX_METRICS_PER_CALL = 1000
+_MAX_DIGEST_CHARS = 36
+_PAGE_SIZE = 1000
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as MLflow has it.
+
+    Attributes:
+        run_id: 32 hexadecimal digits.
+        name: Run name.
+        status: Where it stands.
+        experiment: Name of its experiment.
+        parent: Run id of the sweep that it belongs to.
+        params: Parameters, flattened, as text.
+        tags: Tags, MLflow's own included.
+        metrics: Last value of each.
+        start_time: Seconds since 1970.
+        end_time: The same; None while it has not ended.
+        artifact_uri: Where its files lie.
+    """
+
+    run_id: str
+    name: str
+    status: Status
+    experiment: str
+    parent: str | None
+    params: dict[str, str]
+    tags: dict[str, str]
+    metrics: dict[str, float]
+    start_time: float
+    end_time: float | None
+    artifact_uri: str
+
+
+def create_run(
+    uri: str,
+    experiment: str,
+    name: str,
+    *,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    parent: str | None = None,
+) -> str:
+    """Create a queued run and return its id.
+
+    Args:
+        uri: Address of the MLflow server.
+        experiment: Experiment name, created if missing.
+        name: Run name.
+        params: Parameters; nested mappings become dotted names. A value beyond 6000 characters is cut and says so.
+        tags: Tags; cut in the same way, beyond 8000.
+        parent: Run id of the sweep that it belongs to.
+    """
+    from mlflow.entities import Param
+
+    all_tags = {key: _cut(value, _MAX_TAG_CHARS) for key, value in tags.items()}
+    if parent is not None:
+        all_tags[_PARENT] = parent
+    entities = [Param(key, _cut(_text(value), _MAX_PARAM_CHARS)) for key, value in _flat(params)]
+    with connected(uri) as client:
+        run = client.create_run(_experiment_id(client, experiment), run_name=name, tags=all_tags)
+        run_id = str(run.info.run_id)
+        client.update_run(run_id, status=_TO_MLFLOW["queued"])
+        for begin in range(0, len(entities), _MAX_PARAMS_PER_CALL):
+            client.log_batch(run_id, params=entities[begin : begin + _MAX_PARAMS_PER_CALL])
+    return run_id
+
+
+def set_status(uri: str, run_id: str, status: Status) -> None:
+    """Set where a run stands; `finished`, `failed` and `stopped` also set its end time."""
+    if status not in _TO_MLFLOW:
+        raise InvalidInputError(f"status: {status!r} is unknown; known are {', '.join(get_args(Status))}.")
+    with connected(uri) as client:
+        if status in _ENDED:
+            client.set_terminated(run_id, _TO_MLFLOW[status])
+        else:
+            client.update_run(run_id, status=_TO_MLFLOW[status])
+
+
+def log_metrics(uri: str, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+    """Record values of one step, timed now."""
+    from mlflow.entities import Metric
+
+    now_ms = round(time.time() * 1000)
+    entities = [Metric(key, float(value), now_ms, step) for key, value in metrics.items()]
+    with connected(uri) as client:
+        for begin in range(0, len(entities), _MAX_METRICS_PER_CALL):
+            client.log_batch(run_id, metrics=entities[begin : begin + _MAX_METRICS_PER_CALL])
+
+
+def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags, replacing those of the same name; a value of more than 8000 characters is cut and says so."""
+    from mlflow.entities import RunTag
+
+    entities = [RunTag(key, _cut(value, _MAX_TAG_CHARS)) for key, value in tags.items()]
+    with connected(uri) as client:
+        for begin in range(0, len(entities), _MAX_PARAMS_PER_CALL):
+            client.log_batch(run_id, tags=entities[begin : begin + _MAX_PARAMS_PER_CALL])
+
+
+def log_json(uri: str, run_id: str, name: str, obj: Any) -> None:
+    """Keep a JSON value as the run's file `name`, replacing an earlier one."""
+    text = json.dumps(obj, indent=2)
+    with connected(uri) as client:
+        client.log_text(run_id, text, name)
+
+
+def log_file(uri: str, run_id: str, path: Path, folder: str | None = None) -> None:
+    """Keep a copy of a local file with the run, below `folder` of its files."""
+    if not path.is_file():
+        raise InvalidInputError(f"{path}: no such file; it cannot be kept with run {run_id}.")
+    with connected(uri) as client:
+        client.log_artifact(run_id, str(path), folder)
+
+
+def log_dataset(uri: str, run_id: str, digest: str, path: str, context: str) -> None:
+    """Record which data a run reads.
+
+    Args:
+        uri: Address of the MLflow server.
+        run_id: The run.
+        digest: SHA-256 of the manifest; MLflow shows its first 36 characters, the profile holds all.
+        path: Folder or URL of the dataset.
+        context: What for: `train` or `val`.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source, profile = json.dumps({"uri": path}), json.dumps({"manifest_sha256": digest})
+    name = path.rstrip("/").rpartition("/")[2] or "data"
+    dataset = Dataset(name, digest[:_MAX_DIGEST_CHARS], source_type="local", source=source, profile=profile)
+    with connected(uri) as client:
+        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+
+def find_runs(
+    uri: str, experiment: str | None = None, *, parent: str | None = None, max_results: int | None = None
+) -> list[RunRecord]:
+    """Return runs, newest first.
+
+    Args:
+        uri: Address of the MLflow server.
+        experiment: Only runs of this experiment. Default: all experiments.
+        parent: Only the trials of this sweep.
+        max_results: At most so many.
+
+    Raises:
+        InvalidInputError: No such experiment; the message names the nearest.
+    """
+    with connected(uri) as client:
+        names = _experiment_names(client)
+        if experiment is not None and experiment not in names.values():
+            raise InvalidInputError(
+                f"experiment: there is none named {experiment!r} on {uri}.{_nearest(experiment, names.values())}"
+            )
+        wanted = {key: name for key, name in names.items() if experiment in (None, name)}
+        condition = f"tags.`{_PARENT}` = '{parent}'" if parent is not None else ""
+        return [_record(run, wanted) for run in _search(client, wanted, condition, max_results)]
+
+
+def find_run(uri: str, ref: str) -> RunRecord:
+    """Return the run that `ref` names: a run id, a run name, or the beginning of a run id.
+
+    Raises:
+        InvalidInputError: It names none or several; the message names the nearest, or all of them.
+    """
+    with connected(uri) as client:
+        names = _experiment_names(client)
+        runs = _search(client, names, f"attributes.run_name = {_quoted(ref)}")
+        if ref and set(ref) <= set("0123456789abcdef"):
+            runs = runs or _search(client, names, f"attributes.run_id LIKE '{ref}%'")
+        if not runs:
+            known = [run.info.run_name for run in _search(client, names, max_results=_PAGE_SIZE)]
+            raise InvalidInputError(
+                f"run: none on {uri} has the name or id {ref!r}.{_nearest(ref, known)} `dab runs` lists all."
+            )
+        if len(runs) > 1:
+            raise InvalidInputError(f"run: {ref!r} fits {len(runs)} runs: {_listed(runs)}. Use the id of one of them.")
+        return _record(runs[0], names)
+
+
+def _experiment_id(client: "MlflowClient", name: str) -> str:
+    """Return the id of an experiment, created on demand; two programs may do so at once."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            # Without this tag the browser opens in its mode for language models.
+            return str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)
+    if experiment is None or experiment.lifecycle_stage != "active":
+        raise InvalidInputError(
+            f"tracking.experiment: {name!r} was deleted in MLflow; restore it there or use another."
+        )
+    return str(experiment.experiment_id)
+
+
+def _experiment_names(client: "MlflowClient") -> dict[str, str]:
+    """Return the name of each experiment by its id."""
+    names: dict[str, str] = {}
+    token: str | None = None
+    while True:
+        page = client.search_experiments(max_results=_PAGE_SIZE, page_token=token)
+        names |= {str(experiment.experiment_id): experiment.name for experiment in page}
+        token = page.token
+        if not token:
+            return names
+
+
+def _search(
+    client: "MlflowClient", experiments: Iterable[str], condition: str = "", max_results: int | None = None
+) -> list["Run"]:
+    runs: list[Run] = []
+    token: str | None = None
+    while max_results is None or len(runs) < max_results:
+        size = _PAGE_SIZE if max_results is None else min(_PAGE_SIZE, max_results - len(runs))
+        page = client.search_runs(
+            list(experiments), condition, max_results=size, order_by=["attributes.start_time DESC"], page_token=token
+        )
+        runs += page
+        token = page.token
+        if not token:
+            break
+    return runs
+
+
+def _record(run: "Run", experiment_names: Mapping[str, str]) -> RunRecord:
+    status = _FROM_MLFLOW[run.info.status]
+    return RunRecord(
+        run_id=run.info.run_id,
+        name=run.info.run_name,
+        status=status,
+        experiment=experiment_names[run.info.experiment_id],
+        parent=run.data.tags.get(_PARENT),
+        params=dict(run.data.params),
+        tags=dict(run.data.tags),
+        metrics=dict(run.data.metrics),
+        start_time=run.info.start_time / 1000,
+        end_time=run.info.end_time / 1000 if status in _ENDED and run.info.end_time else None,
+        artifact_uri=run.info.artifact_uri,
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    note = f" ... cut by dab from {len(text)} characters"
+    return text[: limit - len(note)] + note
+
+
+def _quoted(text: str) -> str:
+    """Return text as a literal of MLflow's filters, which know no escapes: text with both kinds of quotes has none."""
+    if '"' not in text:
+        return f'"{text}"'
+    if "'" not in text:
+        return f"'{text}'"
+    raise InvalidInputError(
+        f"run: {text!r} holds both kinds of quotes, which MLflow cannot search for; use the run's id."
+    )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, sorted(set(known)), n=3)
+    return f" Nearest: {', '.join(close)}." if close else ""
+
+
+def _listed(runs: list["Run"], limit: int = 5) -> str:
+    shown = [f"{run.info.run_id} ({run.info.run_name}, {_FROM_MLFLOW[run.info.status]})" for run in runs[:limit]]
+    return ", ".join([*shown, "..."] if len(runs) > limit else shown)
