@@ -1,0 +1,204 @@
+"""Checkpoints: written in the background, atomically, checksummed, loaded with weights only.
+
+A checkpoint is `step-00000120.pt` beside `step-00000120.json`. The JSON file is written last and is the commit: a checkpoint
+without it, or whose checksum differs, is never chosen. Retention keeps the newest k and the best k. Leaves out object stores.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import logging
+import math
+import pickle
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dabnn.errors import DabError, InvalidInputError
+from dabnn.run_folder import write_json
+from dabnn.spec import CheckpointPolicy
+
+_log = logging.getLogger(__name__)
+
+BEST_METRIC = "val_top1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One committed checkpoint.
+
+    Attributes:
+        path: The `.pt` file.
+        step: Optimizer steps taken.
+        epoch: Epochs finished.
+        metrics: Metrics of the last finished epoch; empty for one taken in mid-epoch.
+        sha256: Checksum of the file.
+        num_bytes: Size of the file.
+    """
+
+    path: str
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    sha256: str
+    num_bytes: int
+
+    @property
+    def score(self) -> float:
+        """`val_top1`, or minus infinity where it was not measured."""
+        return self.metrics.get(BEST_METRIC, -math.inf)
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Return the committed checkpoints of `folder`, oldest first; their contents are not read."""
+    found = []
+    for commit in sorted(folder.glob("step-*.json")):
+        entry = json.loads(commit.read_text())
+        found.append(Checkpoint(**entry | {"path": str(commit.with_suffix(".pt"))}))
+    return found
+
+
+def best_checkpoint(folder: Path) -> Checkpoint:
+    """Return the checkpoint with the best `val_top1`, the newest among equals.
+
+    Raises:
+        InvalidInputError: There is none yet.
+    """
+    candidates = list_checkpoints(folder)
+    if not candidates:
+        raise InvalidInputError(f"{folder}: no checkpoint yet. Let the run finish at least one epoch.")
+    return max(candidates, key=lambda checkpoint: (checkpoint.score, checkpoint.step))
+
+
+def newest_intact(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint whose file has the recorded checksum, or None; a damaged one is named in the log."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if _is_intact(checkpoint):
+            return checkpoint
+        _log.warning("%s: damaged checkpoint (checksum differs); using the one before", checkpoint.path)
+    return None
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Load what `CheckpointWriter.save` was given, tensors on the CPU, without running any code of the file.
+
+    Raises:
+        InvalidInputError: The file is missing or is no checkpoint.
+    """
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise InvalidInputError(f"{path}: no readable checkpoint ({error}).") from error
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one run in a background thread, one at a time.
+
+    `save` copies the state and returns; the copy is written while training goes on. An error of the thread is raised by the next
+    `save` or by `close`, so that none is lost.
+    """
+
+    def __init__(self, folder: Path, policy: CheckpointPolicy) -> None:
+        self._folder = folder
+        self._policy = policy
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, state: dict[str, Any], *, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """Start writing `state` (tensors, containers and plain values) as the checkpoint of `step`.
+
+        Raises:
+            DabError: The checkpoint before this one could not be written.
+        """
+        self.wait()
+        snapshot = _to_cpu_copy(state)
+        arguments = (snapshot, step, epoch, dict(metrics))
+        self._thread = threading.Thread(target=self._write_guarded, args=arguments, name="checkpoint-writer")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint being written.
+
+        Raises:
+            DabError: It could not be written; says why. Earlier checkpoints are untouched.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write_guarded(self, state: dict[str, Any], step: int, epoch: int, metrics: dict[str, float]) -> None:
+        try:
+            self._write(state, step, epoch, metrics)
+        except OSError as error:
+            self._error = _write_error(self._folder, error)
+        except BaseException as error:  # noqa: BLE001 - carried to the training thread, which raises it
+            self._error = error
+
+    def _write(self, state: dict[str, Any], step: int, epoch: int, metrics: dict[str, float]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
+        path = self._folder / f"step-{step:08d}.pt"
+        temporary = path.with_suffix(".tmp")
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        entry = Checkpoint(path.name, step, epoch, metrics, hashlib.sha256(content).hexdigest(), len(content))
+        write_json(path.with_suffix(".json"), asdict(entry))
+        self._remove_unneeded()
+
+    def _remove_unneeded(self) -> None:
+        checkpoints = list_checkpoints(self._folder)
+        for checkpoint in checkpoints:
+            if checkpoint not in kept(checkpoints, self._policy):
+                path = Path(checkpoint.path)
+                path.with_suffix(".json").unlink()
+                path.unlink(missing_ok=True)
+
+
+def kept(checkpoints: Sequence[Checkpoint], policy: CheckpointPolicy) -> list[Checkpoint]:
+    """Return those of `checkpoints` (oldest first) that `policy` keeps: the newest `keep_last` and the best `keep_best`."""
+    newest = checkpoints[-policy.keep_last :]
+    scored = [checkpoint for checkpoint in checkpoints if checkpoint.score > -math.inf]
+    best = sorted(scored, key=lambda checkpoint: (checkpoint.score, checkpoint.step), reverse=True)[: policy.keep_best]
+    return [checkpoint for checkpoint in checkpoints if checkpoint in newest or checkpoint in best]
+
+
+def _is_intact(checkpoint: Checkpoint) -> bool:
+    path = Path(checkpoint.path)
+    if not path.exists() or path.stat().st_size != checkpoint.num_bytes:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == checkpoint.sha256
+
+
+def _to_cpu_copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_cpu_copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_cpu_copy(item) for item in value)
+    return value
+
+
+def _write_error(folder: Path, error: OSError) -> DabError:
+    if error.errno == errno.ENOSPC:
+        free_mb = shutil.disk_usage(folder).free / 1e6
+        return DabError(
+            f"storage: no room on disk for a checkpoint in {folder} ({free_mb:.0f} MB free). Earlier checkpoints are intact: "
+            "free some space, then `dab resume` the run."
+        )
+    return DabError(f"storage: cannot write a checkpoint in {folder}: {error}. Earlier checkpoints are intact.")

@@ -1,0 +1,64 @@
+"""Accuracy of a network over a split: each sample once, whatever the number of ranks."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dabnn.data import Batch
+from dabnn.distributed import World
+
+
+@dataclass
+class Totals:
+    """Sums over samples, from which the metrics follow; sums of ranks may be added.
+
+    Attributes:
+        loss: Sum of the cross-entropies of the samples.
+        top1: Samples whose class has the highest logit.
+        top5: Samples whose class is among the five highest logits (or among all, with fewer classes).
+        num_samples: Number of samples.
+    """
+
+    loss: float = 0.0
+    top1: float = 0.0
+    top5: float = 0.0
+    num_samples: float = 0.0
+
+    def add(self, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+        """Add a batch: `logits` (n, classes), `labels` (n,) and the samples' losses (n,)."""
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = ranked == labels[:, None]
+        self.loss += float(losses.double().sum())
+        self.top1 += float(hits[:, 0].sum())
+        self.top5 += float(hits.sum())
+        self.num_samples += len(labels)
+
+    def over(self, world: World) -> "Totals":
+        """Return the sums over all ranks; every rank must call it."""
+        return Totals(*world.total([self.loss, self.top1, self.top5, self.num_samples]))
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Return `{prefix}loss` (mean), `{prefix}top1` and `{prefix}top5` (percent)."""
+        count = max(self.num_samples, 1.0)
+        shares = {"top1": self.top1, "top5": self.top5}
+        return {f"{prefix}loss": self.loss / count} | {f"{prefix}{key}": 100 * hit / count for key, hit in shares.items()}
+
+
+@torch.inference_mode()
+def evaluate(net: Callable[[Tensor], Tensor], batches: Iterable[Batch], world: World) -> Totals:
+    """Return the sums over all samples of all ranks' `batches`.
+
+    Args:
+        net: Images (n, C, H, W) to logits (n, classes); a module must be in evaluation mode.
+        batches: This rank's part of the split; ranks may hold different numbers of batches.
+        world: The ranks; every rank must call this.
+    """
+    totals = Totals()
+    for batch in batches:
+        labels = batch.labels.to(world.device)
+        logits = net(batch.images.to(world.device))
+        totals.add(logits, labels, F.cross_entropy(logits, labels, reduction="none"))
+    return totals.over(world)

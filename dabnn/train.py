@@ -1,0 +1,398 @@
+"""The training loop: DDP, evaluation, checkpoints, resume. The same loop under plain `torchrun` and under Ray.
+
+    torchrun --nproc_per_node 2 -m dabnn.train SPEC.json RUN_FOLDER
+
+What makes a run reproducible and resumable bit for bit on the same number of ranks: the order of the samples is a pure function of
+(seed, epoch), the dropout masks of (seed, step, rank), the learning rate of the step; DDP's buckets are settled before the first
+step; a checkpoint holds rank 0's weights, buffers and optimizer state, and every rank starts from those.
+
+Once a step all ranks agree (one all-reduce of three integers) whether to go on: a stop, a damaged sample on one rank or a loss that is
+not finite ends all of them together instead of leaving some waiting. Leaves out clusters and trackers: see `jobs.train`.
+"""
+
+import argparse
+import hashlib
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from dabnn.checkpoints import CheckpointWriter, load_state, newest_intact
+from dabnn.data import Batch, Stream, load_manifest, open_stream
+from dabnn.data.transforms import make_transform
+from dabnn.distributed import World, deterministic, seed_step, share_buffers, wrap
+from dabnn.errors import DabError, InvalidInputError
+from dabnn.evaluate import Totals, evaluate
+from dabnn.models import ModelSpec, build
+from dabnn.optim import make_optimizer, set_learning_rate
+from dabnn.run_folder import RunFolder
+from dabnn.schedules import learning_rate
+from dabnn.spec import TrainSpec
+
+_log = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL_S = 1.0
+
+
+class Verdict(Enum):
+    """What all ranks do after a step."""
+
+    CONTINUE = "continue"
+    STOP = "stop"
+    RANK_ERROR = "rank_error"
+    NOT_FINITE = "not_finite"
+
+
+def verdict(stop: int, rank_error: int, not_finite: int) -> tuple[Verdict, str]:
+    """Decide from the flags of all ranks (each 0, or 1 if any rank raised it) how to go on, and say why."""
+    if rank_error:
+        return Verdict.RANK_ERROR, "a rank cannot go on"
+    if not_finite:
+        return Verdict.NOT_FINITE, "the loss is not finite"
+    if stop:
+        return Verdict.STOP, "a stop was asked for"
+    return Verdict.CONTINUE, ""
+
+
+class Observer(Protocol):
+    """Who is told about a finished epoch. Called on every rank, in step, so it may communicate."""
+
+    def epoch_finished(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Take the metrics of the epoch; `epoch` counts finished epochs, from 1."""
+
+
+class Silent:
+    """An observer that does nothing: the run's folder holds the record anyway."""
+
+    def epoch_finished(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    Attributes:
+        status: "finished", "stopped" or "failed".
+        message: Why it stopped or failed; empty when finished.
+        epoch: Finished epochs.
+        step: Optimizer steps taken.
+        metrics: Metrics of the last finished epoch.
+        weights_sha256: Checksum over rank 0's parameters and buffers.
+    """
+
+    status: str
+    message: str
+    epoch: int
+    step: int
+    metrics: dict[str, float]
+    weights_sha256: str
+
+
+@dataclass
+class Position:
+    """Where a run stands: finished epochs, steps taken within the current one, steps in all."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+
+
+def train(spec: TrainSpec, folder: RunFolder, *, world: World, observer: Observer | None = None) -> TrainResult:
+    """Train from the newest intact checkpoint in `folder`, or from the start; every rank calls this with the same `spec`.
+
+    Args:
+        spec: The run.
+        folder: Where checkpoints, metrics and progress go; shared by all ranks.
+        world: The ranks.
+        observer: Told about each finished epoch.
+
+    Returns:
+        How it ended, equal on all ranks. A damaged sample, a full disk or a loss that is not finite is a result with status
+        "failed", not an exception, because a restart would meet it again.
+
+    Raises:
+        InvalidInputError: The specification does not fit the data, the model or the checkpoint.
+    """
+    with deterministic():
+        loop = _Loop(spec, folder, world, observer or Silent())
+        try:
+            result = loop.run()
+        finally:
+            loop.close()
+    if world.is_main:
+        folder.write_result(asdict(result))
+    return result
+
+
+class _Loop:
+    """The state of one call of `train`."""
+
+    def __init__(self, spec: TrainSpec, folder: RunFolder, world: World, observer: Observer) -> None:
+        self.spec, self.folder, self.world, self.observer = spec, folder, world, observer
+        self.net = build(**spec.model, seed=spec.seed).to(world.device)
+        model: ModelSpec = self.net.spec
+        self.train_stream = _open(spec, model, "train", world)
+        self.val_stream = _open(spec, model, "val", world)
+        self.data_digest = load_manifest(Path(spec.data.train)).digest
+        self.optimizer = make_optimizer(self.net, spec.optim)
+        self.writer = CheckpointWriter(folder.checkpoints, spec.checkpoint)
+        self.position, self.totals, self.metrics = Position(), Totals(), dict[str, float]()
+        self._restore()
+        self.model = wrap(self.net, world, (model.in_channels, model.input_size, model.input_size))
+        self._started, self._seen, self._progress_time = 0.0, 0, 0.0
+        self._error: DabError | None = None
+        self._last_loss = 0.0
+        if world.is_main:
+            folder.begin_attempt(self.position.step, world.size)
+
+    def run(self) -> TrainResult:
+        """Train until the last epoch, a stop or a failure."""
+        while self.position.epoch < self.spec.epochs:
+            self._started, self._seen = time.monotonic(), 0
+            decision, reason = self._train_epoch()
+            if decision in (Verdict.RANK_ERROR, Verdict.NOT_FINITE):
+                return self._result("failed", self._explain(decision, reason))
+            if self.position.step_in_epoch == self.train_stream.num_steps:
+                self._finish_epoch()
+            elif decision is Verdict.STOP:
+                self._save({})
+            if decision is Verdict.STOP and self.position.epoch < self.spec.epochs:
+                return self._result("stopped", reason)
+        return self._result("finished", "")
+
+    def close(self) -> None:
+        """Wait for the checkpoint being written and end the loader processes."""
+        self.train_stream.close()
+        self.val_stream.close()
+
+    def _train_epoch(self) -> tuple[Verdict, str]:
+        self.model.train()
+        batches = self.train_stream.epoch(self.position.epoch, start_step=self.position.step_in_epoch)
+        batch = self._fetch(batches)
+        decision, reason = self._agree()
+        while decision is Verdict.CONTINUE and batch is not None:
+            self._step(batch)
+            self._save_if_due()
+            self._report_progress()
+            batch = self._fetch(batches)
+            decision, reason = self._agree()
+        return decision, reason
+
+    def _fetch(self, batches: Iterator[Batch]) -> Batch | None:
+        try:
+            return next(batches, None)
+        except DabError as error:  # not raised here: the other ranks would wait for this one in the next all-reduce
+            self._error = error
+            return None
+
+    def _agree(self) -> tuple[Verdict, str]:
+        stop = self.world.is_main and self.folder.is_stop_requested()
+        flags = [int(stop), int(self._error is not None), int(not math.isfinite(self._last_loss))]
+        return verdict(*self.world.largest(flags))
+
+    def _step(self, batch: Batch) -> None:
+        position = self.position
+        seed_step(self.spec.seed, position.step, self.world.rank)
+        epoch = position.epoch + position.step_in_epoch / self.train_stream.num_steps
+        set_learning_rate(self.optimizer, learning_rate(self.spec.schedule, epoch))
+        labels = batch.labels.to(self.world.device)
+        logits = self.model(batch.images.to(self.world.device))
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        # DDP averages over ranks; this makes the average the mean over the samples of the step, also when shares differ.
+        loss = losses.sum() * (self.world.size / batch.global_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.totals.add(logits.detach(), labels, losses.detach())
+        self._last_loss = float(loss.detach())
+        self._seen += batch.global_size
+        position.step_in_epoch += 1
+        position.step += 1
+
+    def _finish_epoch(self) -> None:
+        duration_s = time.monotonic() - self._started
+        self.position.epoch += 1
+        self.position.step_in_epoch = 0
+        metrics = self.totals.over(self.world).metrics("train_")
+        self.totals = Totals()
+        metrics |= self._validate()
+        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        metrics["images_per_s"] = self._seen / duration_s
+        metrics["epoch_s"] = duration_s
+        self.metrics = metrics
+        every = self.spec.checkpoint.every_epochs
+        if self.position.epoch % every == 0 or self.position.epoch == self.spec.epochs:
+            self._save(metrics)
+        if self.world.is_main:
+            self.folder.append_metrics(self.position.epoch, metrics)
+            self._write_progress(metrics["images_per_s"])
+        self.observer.epoch_finished(self.position.epoch, metrics)
+
+    def _validate(self) -> dict[str, float]:
+        share_buffers(self.net, self.world)
+        self.net.eval()
+        metrics = evaluate(self.net, self.val_stream.epoch(0), self.world).metrics("val_")
+        self.net.train()
+        return metrics
+
+    def _save_if_due(self) -> None:
+        every = self.spec.checkpoint.every_steps
+        is_last = self.position.step_in_epoch == self.train_stream.num_steps
+        if every and self.position.step % every == 0 and not is_last:
+            self._save({})
+
+    def _save(self, metrics: dict[str, float]) -> None:
+        """Write a checkpoint of the current position; every rank must call it, rank 0 writes."""
+        totals = self.totals.over(self.world)
+        if not self.world.is_main:
+            return
+        state = {
+            "model": asdict(self.net.spec),
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "position": asdict(self.position),
+            "totals": asdict(totals),
+            "metrics": metrics or self.metrics,
+            "data_digest": self.data_digest,
+        }
+        try:
+            self.writer.save(state, step=self.position.step, epoch=self.position.epoch, metrics=metrics)
+        except DabError as error:
+            self._error = error
+
+    def _restore(self) -> None:
+        found = newest_intact(self.folder.checkpoints) if self.world.is_main else None
+        found = self.world.share(found)
+        if found is None:
+            if self.spec.init_from:
+                self.net.load_state_dict(load_state(self.spec.init_from)["net"])
+            return
+        state = load_state(found.path)
+        if state["data_digest"] != self.data_digest:
+            raise InvalidInputError(
+                f"data.train: {self.spec.data.train} has other samples than the run began with (digest {self.data_digest[:12]}, "
+                f"the checkpoint has {state['data_digest'][:12]}). Restore the data set, or start a new run."
+            )
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.position = Position(**state["position"])
+        self.metrics = state["metrics"]
+        if self.world.is_main:  # the sums are over all ranks already
+            self.totals = Totals(**state["totals"])
+        _log.info("resumed from %s (epoch %d, step %d)", found.path, self.position.epoch, self.position.step)
+
+    def _report_progress(self) -> None:
+        now = time.monotonic()
+        if self.world.is_main and now - self._progress_time >= PROGRESS_INTERVAL_S:
+            self._progress_time = now
+            self._write_progress(self._seen / (now - self._started))
+
+    def _write_progress(self, images_per_s: float) -> None:
+        position, steps_per_epoch = self.position, self.train_stream.num_steps
+        steps_left = (self.spec.epochs - position.epoch) * steps_per_epoch - position.step_in_epoch
+        progress: dict[str, Any] = {
+            "epoch": position.epoch,
+            "epochs": self.spec.epochs,
+            "step": position.step,
+            "step_in_epoch": position.step_in_epoch,
+            "steps_per_epoch": steps_per_epoch,
+            "loss": self._last_loss,
+            "images_per_s": images_per_s,
+            "eta_s": steps_left * self.train_stream.num_samples / steps_per_epoch / images_per_s,
+            "time": time.time(),
+        }
+        self.folder.write_progress(progress)
+
+    def _explain(self, decision: Verdict, reason: str) -> str:
+        own = f"rank {self.world.rank}: {self._error}" if self._error else ""
+        if decision is Verdict.NOT_FINITE and not math.isfinite(self._last_loss):
+            own = f"rank {self.world.rank}: loss {self._last_loss}"
+        details = "; ".join(detail for detail in self.world.gather(own) if detail)
+        place = f"epoch {self.position.epoch + 1}, step {self.position.step}"
+        advice = " Lower optim.max_lr or raise schedule.warmup_epochs." if decision is Verdict.NOT_FINITE else ""
+        return f"{reason} ({place}). {details}.{advice}"
+
+    def _result(self, status: str, message: str) -> TrainResult:
+        try:
+            self.writer.wait()
+        except DabError as error:
+            self._error = error
+        decision, reason = self._agree()
+        if status != "failed" and decision is Verdict.RANK_ERROR:
+            status, message = "failed", self._explain(decision, reason)
+        digest = self.world.share(weights_sha256(self.net) if self.world.is_main else "")
+        position = self.position
+        return TrainResult(status, message, position.epoch, position.step, dict(self.metrics), digest)
+
+
+def weights_sha256(net: nn.Module) -> str:
+    """Return the checksum of all parameters and buffers of `net`, in the order of its state dictionary."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _open(spec: TrainSpec, model: ModelSpec, split: str, world: World) -> Stream:
+    is_training = split == "train"
+    root = Path(spec.data.train if is_training else spec.data.val)
+    mean, std = load_manifest(Path(spec.data.train)).image.normalization(model.in_channels)
+    transform = make_transform(
+        spec.data.transform,
+        input_size=model.input_size,
+        in_channels=model.in_channels,
+        mean=mean,
+        std=std,
+        training=is_training,
+    )
+    return open_stream(
+        root,
+        split,
+        batch_size=spec.data.batch_size if is_training else spec.data.eval_batch_size,
+        seed=spec.seed,
+        rank=world.rank,
+        world_size=world.size,
+        num_loaders=spec.data.num_loaders,
+        shuffle=is_training,
+        transform=transform,
+        remainder=spec.data.remainder if is_training else "keep",
+        num_workers_planned=spec.num_workers,
+    )
+
+
+def main() -> None:
+    """Run `train` in this process as `torchrun` started it, or alone."""
+    parser = argparse.ArgumentParser(prog="python -m dabnn.train", description="Train under torchrun, or in one process.")
+    parser.add_argument("spec", type=Path, help="JSON file of a TrainSpec")
+    parser.add_argument("folder", type=Path, help="folder of the run; an interrupted run in it is continued")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        result = train(TrainSpec.from_file(arguments.spec), RunFolder(arguments.folder), world=World.current(device))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    _log.info("%s: epoch %d, step %d, %s", result.status, result.epoch, result.step, result.metrics)
+    if result.status == "failed":
+        raise SystemExit(result.message)
+
+
+if __name__ == "__main__":
+    main()

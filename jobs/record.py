@@ -1,0 +1,36 @@
+"""What a job tells MLflow about a run beside its metrics: start, checkpoints, end. A tracker that is away never ends a run."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from dabnn.checkpoints import list_checkpoints
+from dabnn.errors import DabError
+from orchestrator import tracking
+from orchestrator.job import Job
+
+_log = logging.getLogger(__name__)
+
+
+def record_start(job: Job) -> None:
+    """Mark the run as running and name its attempt."""
+    _tolerate(lambda: tracking.set_tags(job.tracking_uri, job.run_id, {"dab.attempt": str(job.attempt)}))
+    _tolerate(lambda: tracking.set_status(job.tracking_uri, job.run_id, "running"))
+
+
+def record_end(job: Job, result: dict[str, Any]) -> None:
+    """Record checkpoints, the digest of the weights, the message and the final status."""
+    checkpoints = [asdict(checkpoint) for checkpoint in list_checkpoints(job.run_folder.checkpoints)]
+    tags = {"dab.message": result.get("message", ""), "dab.weights_sha256": result.get("weights_sha256", "")}
+    uri, run_id = job.tracking_uri, job.run_id
+    _tolerate(lambda: tracking.log_json(uri, run_id, "checkpoints.json", checkpoints))
+    _tolerate(lambda: tracking.set_tags(uri, run_id, {key: value for key, value in tags.items() if value}))
+    _tolerate(lambda: tracking.set_status(uri, run_id, result["status"]))
+
+
+def _tolerate(call: Callable[[], None]) -> None:
+    try:
+        call()
+    except DabError as error:
+        _log.warning("%s (the run's folder keeps the record)", error)

@@ -1,0 +1,135 @@
+"""The program of a sweep on the cluster: `python -m jobs.sweep`, started by `dab submit --sweep`.
+
+Ray Tune proposes and stops trials; each trial is an ordinary run with its own folder, checkpoints and MLflow run under the sweep's. A
+trial of one worker trains in the trial's own process; with more workers the trial starts a nested trainer and takes no CPU itself.
+"""
+
+import logging
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from dabnn.errors import DabError
+from dabnn.run_folder import RunFolder
+from jobs.launch import check_capacity, launch
+from jobs.record import record_end, record_start
+from jobs.train import say
+from jobs.trials import ReportToTune, TrialRecorder, follow_nested, trial_folder
+from orchestrator.config import Config, with_overrides
+from orchestrator.job import Job
+from orchestrator.resolve import model_table, train_spec
+from orchestrator.search import make_scheduler, make_searcher, trial_config
+
+NESTED_DRIVER_CPUS = 0.01
+
+
+def main() -> int:
+    """Run the sweep described in the environment; return 0 when it finished or was stopped, 1 when every trial failed."""
+    job = Job.from_environment()
+    config = job.parsed_config()
+    logging.getLogger("ray.tune").setLevel(logging.WARNING)
+    ray.init(log_to_driver=True)
+    record_start(job)
+    try:
+        result = _search(job, config)
+    except DabError as error:
+        result = {"status": "failed", "message": str(error)}
+    job.run_folder.write_result(result)
+    record_end(job, result)
+    say(f"sweep {job.name}: {result['status']}{': ' + result['message'] if result['message'] else ''}")
+    return 1 if result["status"] == "failed" else 0
+
+
+def _search(job: Job, config: Config) -> dict[str, Any]:
+    assert config.search is not None
+    search, base = config.search, trial_config(config)
+    check_capacity(base.cluster)
+    searcher, space, num_samples = make_searcher(search, config.seed)
+    recorder = TrialRecorder(job, search)
+    tuner = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(_run_trial, job=job), {"CPU": _trial_cpus(base), "GPU": _trial_gpus(base)}
+        ),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=make_scheduler(search, base.train.epochs),
+            num_samples=num_samples,
+            max_concurrent_trials=_concurrency(search.max_concurrent, base) if searcher else None,
+            metric=None if searcher else search.objectives[0].metric,
+            mode=None if searcher else search.objectives[0].mode,
+        ),
+        run_config=tune.RunConfig(
+            name=job.job_id,
+            storage_path=str(Path(job.folder) / "tune"),
+            callbacks=[recorder],
+            stop=_StopWhenAsked(job.run_folder.root),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    return recorder.close()
+
+
+class _StopWhenAsked(tune.Stopper):
+    """Ends all trials when the sweep's folder holds a stop request."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = RunFolder(folder)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002 - Tune's signature
+        return self._folder.is_stop_requested()
+
+    def stop_all(self) -> bool:
+        return self._folder.is_stop_requested()
+
+
+def _run_trial(values: dict[str, Any], job: Job) -> None:
+    """Train one point; Tune calls this in a process of its own."""
+    config = with_overrides(trial_config(job.parsed_config()), values.get("point", values))
+    folder = trial_folder(job, tune.get_context().get_trial_id())
+    observer = ReportToTune(float(model_table(config).packed_bytes))
+    if config.cluster.num_workers > 1:
+        result = follow_nested(folder, observer, lambda: launch(train_spec(config), folder, config.cluster, folder.root.name))
+    else:
+        result = _train_here(config, folder, observer)
+    if result["status"] == "failed":
+        raise DabError(result["message"])
+
+
+def _train_here(config: Config, folder: RunFolder, observer: ReportToTune) -> dict[str, Any]:
+    import torch  # noqa: PLC0415 - the driver of the sweep does not need it
+
+    from dabnn.distributed import World  # noqa: PLC0415
+    from dabnn.train import train  # noqa: PLC0415
+
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    device = "cuda" if config.cluster.gpus_per_worker else "cpu"
+    train(train_spec(config), folder, world=World.current(device), observer=observer)
+    return folder.result()
+
+
+def _trial_cpus(config: Config) -> float:
+    return float(config.cluster.cpus_per_worker) if config.cluster.num_workers == 1 else NESTED_DRIVER_CPUS
+
+
+def _trial_gpus(config: Config) -> float:
+    return float(config.cluster.gpus_per_worker) if config.cluster.num_workers == 1 else 0.0
+
+
+def _concurrency(asked: int | None, config: Config) -> int:
+    """How many trials fit on the cluster at a time; nested trainers are invisible to Tune, so it must be told."""
+    cluster = config.cluster
+    resources = ray.cluster_resources()
+    fits = resources.get("CPU", 1) // (cluster.num_workers * cluster.cpus_per_worker)
+    if cluster.gpus_per_worker:
+        fits = min(fits, resources.get("GPU", 0) // (cluster.num_workers * cluster.gpus_per_worker))
+    return max(1, min(int(fits), asked or int(fits)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

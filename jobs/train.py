@@ -1,0 +1,115 @@
+"""The program of one run on the cluster: `python -m jobs.train`, started by `dab submit` through the Ray Jobs API.
+
+Marks the run as running, trains, prints progress, follows the run's metrics into MLflow, and records how it ended. MLflow may be away
+for a while: the run's folder is the durable record, and what could not be sent is sent by the next attempt.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from dabnn.errors import DabError
+from dabnn.run_folder import RunFolder
+from jobs.launch import launch
+from jobs.record import record_end, record_start
+from orchestrator.job import Job
+from orchestrator.resolve import train_spec
+from orchestrator.tracking import MetricFollower
+
+PROGRESS_POLL_S = 1.0
+PROGRESS_LINE_S = 5.0
+
+
+def main() -> int:
+    """Run the job described in the environment; return 0 when the run finished or was stopped, 1 when it failed."""
+    job = Job.from_environment()
+    config = job.parsed_config()
+    folder = job.run_folder
+    ray.init(log_to_driver=True)
+    record_start(job)
+    say(f"run {job.name} ({job.run_id}), attempt {job.attempt}: {config.cluster.num_workers} workers")
+    with following(job), printing_progress(folder):
+        try:
+            result = launch(train_spec(config), folder, config.cluster, job.job_id)
+        except DabError as error:
+            result = {"status": "failed", "message": str(error)}
+    record_end(job, result)
+    say(f"run {job.name}: {result['status']}{': ' + result['message'] if result['message'] else ''}")
+    return 1 if result["status"] == "failed" else 0
+
+
+def say(line: str) -> None:
+    """Print one line for whoever follows the job's log."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def following(job: Job) -> Iterator[MetricFollower]:
+    """Within the block the run's metrics go to MLflow as they appear; unsent ones are counted at the end."""
+    follower = MetricFollower(job.tracking_uri)
+    follower.follow(job.run_folder.metrics_file, job.run_id)
+    try:
+        yield follower
+    finally:
+        unsent = follower.close(timeout_s=20)
+        if unsent:
+            say(f"{unsent} lines of metrics could not be sent to {job.tracking_uri}; they are kept in {job.folder}")
+
+
+@contextmanager
+def printing_progress(folder: RunFolder) -> Iterator[None]:
+    """Within the block a line of progress is printed for each epoch, and every few seconds between."""
+    done = threading.Event()
+    thread = threading.Thread(target=_print_progress, args=(folder, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _print_progress(folder: RunFolder, done: threading.Event) -> None:
+    printed_epochs = len(folder.metrics())
+    printed_at, shown = time.monotonic(), folder.progress()
+    while True:
+        is_last = done.wait(PROGRESS_POLL_S)
+        for line in folder.metrics()[printed_epochs:]:
+            say(epoch_line(line))
+            printed_epochs += 1
+            printed_at = time.monotonic()
+        progress = folder.progress()
+        is_due = time.monotonic() - printed_at >= PROGRESS_LINE_S
+        if is_due and progress != shown:
+            say(progress_line(progress))
+            printed_at, shown = time.monotonic(), progress
+        if is_last:
+            return
+
+
+def epoch_line(line: dict[str, Any]) -> str:
+    """Return the line for a finished epoch."""
+    metrics = line["metrics"]
+    return (
+        f"epoch {line['step']}: train loss {metrics['train_loss']:.4f}, val loss {metrics['val_loss']:.4f}, "
+        f"val top-1 {metrics['val_top1']:.2f} %, {metrics['images_per_s']:.0f} images/s"
+    )
+
+
+def progress_line(progress: dict[str, Any]) -> str:
+    """Return the line for a place within an epoch."""
+    eta = "" if progress["eta_s"] is None else f", {progress['eta_s']:.0f} s left"
+    return (
+        f"epoch {progress['epoch'] + 1}/{progress['epochs']}, step {progress['step_in_epoch']}/{progress['steps_per_epoch']}: "
+        f"loss {progress['loss']:.4f}, {progress['images_per_s']:.0f} images/s{eta}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

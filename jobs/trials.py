@@ -1,0 +1,155 @@
+"""Trials as runs: their folders, what they tell Ray Tune, and how the driver of the sweep records each as a child run in MLflow."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from dabnn.errors import DabError
+from dabnn.run_folder import RunFolder
+from jobs.record import record_end
+from jobs.train import say
+from orchestrator import tracking
+from orchestrator.config import Search, flatten, to_dict, with_overrides
+from orchestrator.job import Job
+from orchestrator.search import trial_config
+from orchestrator.tracking import MetricFollower
+
+NESTED_POLL_S = 0.5
+
+
+def trial_folder(job: Job, trial_id: str) -> RunFolder:
+    """Return the folder of a trial, under the sweep's."""
+    return RunFolder(Path(job.folder) / "trials" / trial_id)
+
+
+class ReportToTune:
+    """Tells Ray Tune about each finished epoch of a trial that trains in the trial's own process."""
+
+    def __init__(self, packed_bytes: float) -> None:
+        self._packed_bytes = packed_bytes
+
+    def epoch_finished(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Report the epoch's metrics and the size of the packed model."""
+        tune.report(metrics | {"epoch": epoch, "packed_bytes": self._packed_bytes})
+
+
+def follow_nested(folder: RunFolder, observer: ReportToTune, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Call `run` in a thread and report the epochs that appear in `folder` from this one, as Tune wants it."""
+    outcome: dict[str, Any] = {}
+
+    def target() -> None:
+        try:
+            outcome.update(run())
+        except DabError as error:
+            outcome.update(status="failed", message=str(error))
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    reported = 0
+    while True:
+        is_over = not thread.is_alive()
+        for line in folder.metrics()[reported:]:
+            observer.epoch_finished(line["step"], line["metrics"])
+            reported += 1
+        if is_over:
+            return outcome or {"status": "failed", "message": "the nested trainer died without a result"}
+        time.sleep(NESTED_POLL_S)
+
+
+class TrialRecorder(tune.Callback):  # type: ignore[misc] - Ray ships no types
+    """Creates a child run for each trial, follows its metrics, and marks how it ended.
+
+    Tune calls it in the driver. Tune also pickles its callbacks; only the description of the sweep travels.
+    """
+
+    def __init__(self, job: Job, search: Search) -> None:
+        self._job, self._search = job, search
+        self._children: dict[str, Job] = {}
+        self._ended: dict[str, str] = {}
+        self._follower: MetricFollower | None = MetricFollower(job.tracking_uri)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_follower": None}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """Create the child run."""
+        if trial.trial_id in self._children:
+            return
+        number = len(self._children) + 1
+        values = trial.config.get("point", trial.config)
+        config = with_overrides(trial_config(self._job.parsed_config()), values)
+        folder = trial_folder(self._job, trial.trial_id)
+        name = f"{self._job.name}-t{number:02d}"
+        tags = {"dab.kind": "trial", "dab.folder": str(folder.root), "dab.job_id": self._job.job_id}
+        run_id = tracking.create_run(
+            self._job.tracking_uri, self._job.experiment, name, params=flatten(config), tags=tags, parent=self._job.run_id
+        )
+        tracking.set_status(self._job.tracking_uri, run_id, "running")
+        child = replace(
+            self._job, kind="train", run_id=run_id, name=name, folder=str(folder.root), attempt=1, config=to_dict(config)
+        )
+        child.save()
+        self._children[trial.trial_id] = child
+        if self._follower is not None:
+            self._follower.follow(folder.metrics_file, run_id)
+        say(f"trial {number}/{self._search.num_trials} started: {describe_point(values)}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """Mark the child run as finished, or as stopped early."""
+        self._end(trial, "finished", "")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """Mark the child run as failed; the sweep goes on."""
+        lines = str(trial.get_error() or "the trial's process died").strip().splitlines()
+        self._end(trial, "failed", lines[-1] if lines else "")
+
+    def close(self) -> dict[str, Any]:
+        """Flush metrics and return the result of the sweep: status, message, metrics and child run of the best trial."""
+        if self._follower is not None:
+            self._follower.close(timeout_s=20)
+        objective = self._search.objectives[0]
+        sign = 1.0 if objective.mode == "max" else -1.0
+        scored = [(sign * metrics[objective.metric], child) for child, metrics in self._finished(objective.metric)]
+        was_stopped = self._job.run_folder.is_stop_requested()
+        if not scored:
+            status = "stopped" if was_stopped else "failed"
+            return {"status": status, "message": "no trial finished an epoch", "metrics": {}}
+        _, best = max(scored, key=lambda pair: pair[0])
+        metrics = best.run_folder.metrics()[-1]["metrics"]
+        tags = {"dab.best_run": best.run_id}
+        tracking.set_tags(self._job.tracking_uri, self._job.run_id, tags)
+        tracking.log_metrics(self._job.tracking_uri, self._job.run_id, metrics, step=len(self._ended))
+        message = f"best trial {best.name}" + (" (stopped before all trials ran)" if was_stopped else "")
+        return {"status": "stopped" if was_stopped else "finished", "message": message, "metrics": metrics, "best": best.run_id}
+
+    def _finished(self, metric: str) -> list[tuple[Job, dict[str, float]]]:
+        pairs = []
+        for child in self._children.values():
+            epochs = child.run_folder.metrics()
+            if epochs and metric in epochs[-1]["metrics"]:
+                pairs.append((child, epochs[-1]["metrics"]))
+        return pairs
+
+    def _end(self, trial: Any, status: str, message: str) -> None:
+        child = self._children.get(trial.trial_id)
+        if child is None or trial.trial_id in self._ended:
+            return
+        result = child.run_folder.result() or {"status": status, "message": message or "stopped early"}
+        if status == "failed":
+            result |= {"status": "failed", "message": message}
+        self._ended[trial.trial_id] = result["status"]
+        record_end(child, result)
+        epochs = child.run_folder.metrics()
+        shown = f", val top-1 {epochs[-1]['metrics']['val_top1']:.2f} % after {len(epochs)} epochs" if epochs else ""
+        say(f"trial {child.name}: {result['status']}{shown}")
+
+
+def describe_point(values: dict[str, Any]) -> str:
+    """Return a point of the search space on one line."""
+    shown = (f"{key.rsplit('.', 1)[-1]}={value:.4g}" if isinstance(value, float) else f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
+    return ", ".join(shown)

@@ -1,0 +1,94 @@
+"""The description that travels from `dab submit` to the program on the cluster: one JSON text in an environment variable.
+
+Job entrypoints are shell lines, so nothing that a user chose is ever part of one. The same text lies in the run's folder as
+`job.json`, from which `dab resume` submits the next attempt.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dabnn.errors import DabError, InvalidInputError
+from dabnn.run_folder import RunFolder, write_json
+from orchestrator.config import Config
+
+VARIABLE = "DAB_JOB"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt of a run or a sweep.
+
+    Attributes:
+        kind: "train" or "sweep".
+        run_id: MLflow run.
+        name: Name of the run.
+        folder: Run folder, the same path on every node.
+        tracking_uri: MLflow server.
+        experiment: MLflow experiment, where the runs of trials go too.
+        attempt: Number of this submission, from 1.
+        config: Resolved configuration as plain values.
+    """
+
+    kind: str
+    run_id: str
+    name: str
+    folder: str
+    tracking_uri: str
+    experiment: str
+    attempt: int
+    config: dict[str, Any]
+
+    @property
+    def job_id(self) -> str:
+        """Name of the Ray job, unique per attempt."""
+        return f"dab-{self.run_id[:16]}-a{self.attempt}"
+
+    @property
+    def run_folder(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(Path(self.folder))
+
+    def parsed_config(self) -> Config:
+        """Return the configuration, validated again."""
+        return Config.model_validate_json(json.dumps(self.config))
+
+    def to_json(self) -> str:
+        """Return the text that `from_environment` reads."""
+        return json.dumps(asdict(self))
+
+    def save(self) -> None:
+        """Write `job.json` into the run's folder."""
+        root = Path(self.folder)
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / "job.json", asdict(self))
+
+    def next_attempt(self) -> "Job":
+        """Return the description of the following attempt."""
+        return replace(self, attempt=self.attempt + 1)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Job":
+        """Read `job.json`.
+
+        Raises:
+            InvalidInputError: The folder holds none.
+        """
+        try:
+            return cls(**json.loads((folder / "job.json").read_text()))
+        except OSError as error:
+            raise InvalidInputError(f"{folder}: no run was submitted with this folder ({error}).") from error
+
+    @classmethod
+    def from_environment(cls) -> "Job":
+        """Read the description of the job that this process is.
+
+        Raises:
+            DabError: The variable is not set: the program was not started by `dab submit`.
+        """
+        text = os.environ.get(VARIABLE)
+        if text is None:
+            raise DabError(f"{VARIABLE} is not set. This program is started by `dab submit`; `dab submit --help` says how.")
+        return cls(**json.loads(text))

@@ -1,0 +1,234 @@
+"""Runs seen from outside: list, status, logs, stop, resume. The Jobs API knows what lives, MLflow and the run's folder what lasts."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dabnn.checkpoints import list_checkpoints
+from dabnn.errors import DabError, InvalidInputError
+from dabnn.run_folder import RunFolder
+from orchestrator import tracking
+from orchestrator.cluster import Cluster, cluster_status, job_client
+from orchestrator.job import Job
+from orchestrator.submit import ensure_services, submit_job
+from orchestrator.tracking import RunRecord
+
+ENDED = ("finished", "failed", "stopped")
+_ENDED_JOBS = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What `dab status` shows.
+
+    Attributes:
+        run_id: MLflow run.
+        name: Name of the run.
+        kind: "train", "sweep" or "trial".
+        status: "queued", "running", "finished", "failed" or "stopped".
+        message: Why it ended, or empty.
+        attempts: Starts of the training loop, restarts by Ray included.
+        epoch: Finished epochs.
+        step: Optimizer steps taken.
+        metrics: Newest metrics.
+        checkpoints: Kept checkpoints, oldest first.
+        progress: Newest progress of a running run.
+        folder: The run's folder.
+        weights_sha256: Digest of the final weights, or empty.
+        tracking_uri: Where the run is recorded.
+    """
+
+    run_id: str
+    name: str
+    kind: str
+    status: str
+    message: str
+    attempts: int
+    epoch: int
+    step: int
+    metrics: dict[str, float]
+    checkpoints: list[dict[str, Any]]
+    progress: dict[str, Any]
+    folder: str
+    weights_sha256: str
+    tracking_uri: str
+
+
+def decide_status(tracked: str, job: str | None) -> tuple[str, str]:
+    """Return (status, reason) from what the tracker says and what the Jobs API says of the run's job (None: unknown there).
+
+    A run that the tracker believes alive while its job has ended was lost without a word: its driver was killed.
+    """
+    if tracked in ENDED:
+        return tracked, ""
+    if job is None:
+        return "failed", "its cluster is gone; `dab resume` continues from the last checkpoint"
+    if job in _ENDED_JOBS:
+        reason = "its job was stopped" if job == "STOPPED" else "its driver died"
+        return ("stopped" if job == "STOPPED" else "failed"), f"{reason}; `dab resume` continues from the last checkpoint"
+    return tracked, ""
+
+
+def list_runs(uri: str, *, experiment: str | None = None) -> list[RunRecord]:
+    """Return all runs of the tracker, newest first."""
+    return tracking.find_runs(uri, experiment)
+
+
+def status(uri: str, reference: str) -> RunStatus:
+    """Return the status of a run given by id, unique prefix or name; a run lost without a word is marked as failed.
+
+    Raises:
+        InvalidInputError: No run, or several, match.
+    """
+    record = tracking.find_run(uri, reference)
+    state, reason = decide_status(record.status, _job_status(record))
+    if state != record.status:
+        tracking.set_tags(uri, record.run_id, {"dab.message": reason})
+        tracking.set_status(uri, record.run_id, state)
+    folder = folder_of(record)
+    progress = folder.progress()
+    lines = folder.metrics()
+    metrics = lines[-1]["metrics"] if lines else record.metrics
+    return RunStatus(
+        run_id=record.run_id,
+        name=record.name,
+        kind=record.tags.get("dab.kind", "train"),
+        status=state,
+        message=reason or record.tags.get("dab.message", ""),
+        attempts=len(folder.attempts()),
+        epoch=progress.get("epoch", 0),
+        step=progress.get("step", 0),
+        metrics=metrics,
+        checkpoints=[asdict(checkpoint) for checkpoint in list_checkpoints(folder.checkpoints)],
+        progress=progress,
+        folder=str(folder.root),
+        weights_sha256=str(folder.result().get("weights_sha256", "")),
+        tracking_uri=uri,
+    )
+
+
+def folder_of(record: RunRecord) -> RunFolder:
+    """Return the run's folder.
+
+    Raises:
+        InvalidInputError: The run was not made by `dab submit`.
+    """
+    path = record.tags.get("dab.folder")
+    if not path:
+        raise InvalidInputError(f"{record.name}: this run was not made by `dab submit`; it has no tag dab.folder.")
+    return RunFolder(Path(path))
+
+
+def stop(
+    uri: str, reference: str, *, now: bool = False, grace_s: float = 60, on_wait: Callable[[str], None] | None = None
+) -> RunStatus:
+    """Stop a run after a checkpoint, or with `now` at once; return its status.
+
+    A run that has not ended `grace_s` seconds after being asked is stopped through the Jobs API without a checkpoint.
+
+    Raises:
+        InvalidInputError: The run has ended already.
+    """
+    current = status(uri, reference)
+    if current.status in ENDED:
+        raise InvalidInputError(f"{current.name}: already {current.status}; there is nothing to stop.")
+    if not now and current.status == "running":
+        for folder in _stoppable(current):
+            folder.request_stop()
+        if _ends_within(uri, current.run_id, grace_s, on_wait):
+            return status(uri, current.run_id)
+    _stop_job(tracking.find_run(uri, current.run_id))
+    tracking.set_tags(uri, current.run_id, {"dab.message": "stopped without a last checkpoint"})
+    tracking.set_status(uri, current.run_id, "stopped")
+    return status(uri, current.run_id)
+
+
+def resume(uri: str, reference: str, on_wait: Callable[[str], None] | None = None) -> tuple[Job, Cluster]:
+    """Submit the next attempt of a run that stopped or failed; it continues from its newest checkpoint.
+
+    Raises:
+        InvalidInputError: The run is still going, has finished, or is a sweep.
+    """
+    current = status(uri, reference)
+    if current.status not in ("stopped", "failed"):
+        advice = "It has nothing left to do." if current.status == "finished" else "Stop it first: `dab stop`."
+        raise InvalidInputError(f"{current.name}: is {current.status}; only a stopped or failed run can be resumed. {advice}")
+    folder = RunFolder(Path(current.folder))
+    job = Job.load(folder.root).next_attempt()
+    cluster, _ = ensure_services(uri, on_wait)
+    folder.clear_stop()
+    tracking.set_tags(uri, job.run_id, {"dab.message": ""})
+    tracking.set_status(uri, job.run_id, "queued")
+    submit_job(job, cluster)
+    return job, cluster
+
+
+def read_logs(uri: str, reference: str, *, follow: bool = False) -> Iterator[str]:
+    """Yield the text of the run's job log, with `follow` until the job has ended.
+
+    Raises:
+        DabError: The cluster that ran the job is gone.
+    """
+    record = tracking.find_run(uri, reference)
+    job_id = record.tags.get("dab.job_id")
+    cluster = cluster_status().cluster
+    if job_id is None or cluster is None:
+        raise DabError(f"{record.name}: its log was kept by a cluster that is gone. Its record is in {folder_of(record).root}.")
+    yield from follow_job(cluster, job_id) if follow else [job_client(cluster).get_job_logs(job_id)]
+
+
+def follow_job(cluster: Cluster, job_id: str) -> Iterator[str]:
+    """Yield the log of a job as it grows, until the job has ended."""
+    client = job_client(cluster)
+    seen = 0
+    while True:
+        has_ended = client.get_job_status(job_id).value in _ENDED_JOBS
+        text = client.get_job_logs(job_id)
+        if len(text) > seen:
+            yield text[seen:]
+            seen = len(text)
+        if has_ended:
+            return
+        time.sleep(1.0)
+
+
+def _job_status(record: RunRecord) -> str | None:
+    job_id = record.tags.get("dab.job_id")
+    cluster = cluster_status().cluster
+    if job_id is None or cluster is None:
+        return None
+    return job_status(cluster, job_id)
+
+
+def job_status(cluster: Cluster, job_id: str) -> str | None:
+    """Return Ray's status of a job, or None when the cluster does not know it."""
+    try:
+        return str(job_client(cluster).get_job_status(job_id).value)
+    except RuntimeError:
+        return None  # the client says "does not exist" this way
+
+
+def _stoppable(current: RunStatus) -> list[RunFolder]:
+    root = Path(current.folder)
+    trials = [RunFolder(path) for path in sorted(root.glob("trials/*"))] if current.kind == "sweep" else []
+    return [RunFolder(root), *trials]
+
+
+def _ends_within(uri: str, run_id: str, grace_s: float, on_wait: Callable[[str], None] | None) -> bool:
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline:
+        if tracking.find_run(uri, run_id).status in ENDED:
+            return True
+        if on_wait is not None:
+            on_wait("waiting for the last checkpoint")
+        time.sleep(0.5)
+    return False
+
+
+def _stop_job(record: RunRecord) -> None:
+    cluster = cluster_status().cluster
+    job_id = record.tags.get("dab.job_id")
+    if cluster is not None and job_id is not None and job_status(cluster, job_id) is not None:
+        job_client(cluster).stop_job(job_id)

@@ -1,0 +1,100 @@
+"""From the `search` section of a configuration to what Ray Tune runs: who proposes points, who stops trials early, what a point is.
+
+`bin_end >= bin_start` holds by construction: the end is drawn from the values that the start leaves.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dabnn.errors import InvalidInputError
+from orchestrator.config import Config, Domain, Search
+
+START, END = "binarize.bin_start", "binarize.bin_end"
+MIN_EPOCHS_BEFORE_STOP = 3  # binary networks improve late: a trial is not judged before its third epoch, nor in its first quarter
+
+
+def suggest(space: dict[str, Domain]) -> Callable[[Any], None]:
+    """Return a function that draws one point of `space` from an Optuna trial (define-by-run)."""
+
+    def draw(trial: Any) -> None:
+        start: int | None = None
+        for key in _start_first(space):
+            domain = space[key]
+            if domain.kind == "int":
+                low, high = (int(value) for value in domain.values)  # type: ignore[arg-type]
+                low = max(low, start) if key == END and start is not None else low
+                value: Any = trial.suggest_int(key, low, max(low, high))
+            elif domain.kind == "choice":
+                value = trial.suggest_categorical(key, list(domain.values))
+            else:
+                low_value, high_value = (float(value) for value in domain.values)  # type: ignore[arg-type]
+                value = trial.suggest_float(key, low_value, high_value, log=domain.kind == "log")
+            start = value if key == START else start
+
+    return draw
+
+
+def grid_points(space: dict[str, Domain]) -> list[dict[str, Any]]:
+    """Return every point of a space of choices and integers with `bin_end >= bin_start`, in the order of the keys.
+
+    Raises:
+        InvalidInputError: A domain is continuous.
+    """
+    axes = []
+    for key, domain in space.items():
+        if domain.kind not in ("int", "choice"):
+            raise InvalidInputError(
+                f"search.space.{key}: a grid has no points for a {domain.kind} range. List them: {{choice: [...]}}."
+            )
+        low_high = domain.values
+        axes.append(list(range(int(low_high[0]), int(low_high[1]) + 1)) if domain.kind == "int" else list(low_high))  # type: ignore[arg-type]
+    points = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
+    return [point for point in points if point.get(START) is None or point.get(END, point[START]) >= point[START]]
+
+
+def trial_config(config: Config) -> Config:
+    """Return the configuration of a trial before its point is applied: no search, its own number of epochs."""
+    assert config.search is not None
+    epochs = config.search.epochs or config.train.epochs
+    return config.model_copy(update={"search": None, "train": config.train.model_copy(update={"epochs": epochs})})
+
+
+def make_searcher(search: Search, seed: int) -> tuple[Any, dict[str, Any], int]:
+    """Return (search algorithm or None, Tune parameter space, number of samples).
+
+    A point of a grid arrives in the trial under the key "point"; the others arrive as they are.
+    """
+    if search.algorithm == "grid":
+        from ray import tune  # noqa: PLC0415
+
+        points = grid_points(search.space)[: search.num_trials]
+        return None, {"point": tune.grid_search(points)}, 1
+    import optuna  # noqa: PLC0415
+    from ray.tune.search.optuna import OptunaSearch  # noqa: PLC0415
+
+    if search.algorithm == "tpe":
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(3, min(10, search.num_trials // 3)))
+    else:
+        sampler = optuna.samplers.RandomSampler(seed=seed)
+    objective = search.objectives[0]
+    searcher = OptunaSearch(space=suggest(search.space), metric=objective.metric, mode=objective.mode, sampler=sampler)
+    return searcher, {}, search.num_trials
+
+
+def make_scheduler(search: Search, epochs: int) -> Any:
+    """Return Tune's ASHA over finished epochs, or None when trials are not stopped early or are too short to judge."""
+    grace = max(MIN_EPOCHS_BEFORE_STOP, epochs // 4)
+    if search.early_stop is None or grace >= epochs:
+        return None
+    from ray.tune.schedulers import ASHAScheduler  # noqa: PLC0415
+
+    objective = search.objectives[0]
+    return ASHAScheduler(
+        time_attr="epoch", metric=objective.metric, mode=objective.mode, max_t=epochs, grace_period=grace, reduction_factor=2
+    )
+
+
+def _start_first(space: dict[str, Domain]) -> Iterator[str]:
+    yield from (key for key in space if key == START)
+    yield from (key for key in space if key != START)

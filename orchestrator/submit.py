@@ -1,0 +1,142 @@
+"""Submit a run or a sweep: check everything that can be checked here, create the MLflow run, hand the job to the cluster."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dabnn.errors import InvalidInputError
+from orchestrator import tracking
+from orchestrator.cluster import Cluster, client_env, ensure_cluster, job_client
+from orchestrator.config import Config, flatten, resolve_paths, to_dict, to_yaml
+from orchestrator.home import home_folder
+from orchestrator.job import VARIABLE, Job
+from orchestrator.package import snapshot
+from orchestrator.provenance import provenance
+from orchestrator.resolve import check_room, manifest_of, model_table, resolve
+from orchestrator.search import trial_config
+from orchestrator.tracking_server import ensure_tracking
+
+STOP_GRACE_S = 60
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a submission would do; `dab submit --dry-run` shows it.
+
+    Attributes:
+        config: The resolved configuration.
+        storage: Folder under which the run's folder will lie.
+        float_bytes: Size of the float model.
+        packed_bytes: Size of the packed model.
+        digest: Digest of the training data's manifest.
+        cpus: CPUs that the workers need at once.
+    """
+
+    config: Config
+    storage: str
+    float_bytes: int
+    packed_bytes: int
+    digest: str
+    cpus: float
+
+
+def plan(config: Config, *, sweep: bool) -> Plan:
+    """Resolve `config` and refuse what cannot run, without touching cluster or tracker.
+
+    Raises:
+        InvalidInputError: Data, model, layer range, classes, disk space, or a sweep without a search space.
+    """
+    if sweep and config.search is None:
+        raise InvalidInputError(
+            "search: missing, so there is nothing to sweep over. Add a section `search:` with `space:`; "
+            "`dab config schema` describes it."
+        )
+    config = resolve(resolve_paths(config))
+    storage = Path(config.storage) if config.storage else home_folder("storage")
+    check_room(config, storage)
+    table = model_table(config)
+    cpus = config.cluster.num_workers * config.cluster.cpus_per_worker
+    return Plan(config, str(storage), table.float_bytes, table.packed_bytes, manifest_of(config).digest, cpus)
+
+
+def submit(config: Config, *, sweep: bool = False, on_wait: Callable[[str], None] | None = None) -> tuple[Job, Cluster]:
+    """Submit a run, or with `sweep` a search, to the embedded cluster; start cluster and tracker if they are not running.
+
+    Args:
+        config: As the user wrote it.
+        sweep: Search over `config.search` instead of training once.
+        on_wait: Told what is being waited for.
+
+    Returns:
+        The job and the cluster it went to.
+
+    Raises:
+        InvalidInputError: Something in `config` cannot run; nothing was created.
+        DabError: Cluster or tracker could not be reached.
+    """
+    ready = plan(config, sweep=sweep)
+    cluster, uri = ensure_services(ready.config.tracking.uri, on_wait)
+    if ready.cpus > cluster.num_cpus:
+        raise InvalidInputError(
+            f"cluster.num_workers: {ready.config.cluster.num_workers} workers x {ready.config.cluster.cpus_per_worker:g} CPU need "
+            f"{ready.cpus:g} CPUs, the embedded cluster has {cluster.num_cpus}. Ask for fewer workers, or `dab cluster down` and "
+            f"`dab cluster up --num-cpus {int(ready.cpus)}`."
+        )
+    job = _create_run(ready, uri, "sweep" if sweep else "train")
+    submit_job(job, cluster)
+    return job, cluster
+
+
+def ensure_services(uri: str | None, on_wait: Callable[[str], None] | None = None) -> tuple[Cluster, str]:
+    """Return the embedded cluster and the tracking URI, both answering; started at the same time where they are not running.
+
+    Args:
+        uri: Tracking server of the user's, or None for ours.
+        on_wait: Told what is being waited for.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        cluster = pool.submit(ensure_cluster, on_wait=on_wait)
+        own = None if uri else pool.submit(ensure_tracking, on_wait=on_wait)
+        return cluster.result(), str(uri) if own is None else own.result()
+
+
+def submit_job(job: Job, cluster: Cluster) -> None:
+    """Hand `job` to the Jobs API of `cluster`. The entrypoint holds nothing that a user chose: it is a shell line."""
+    job.save()
+    program = "jobs.sweep" if job.kind == "sweep" else "jobs.train"
+    variables = client_env(cluster) | {
+        VARIABLE: job.to_json(),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    }
+    job_client(cluster).submit_job(
+        entrypoint=f"exec {shlex.quote(sys.executable)} -m {program}",
+        submission_id=job.job_id,
+        runtime_env={"working_dir": str(snapshot()), "env_vars": variables},
+        metadata={"dab_run_id": job.run_id, "kind": job.kind},
+    )
+    tracking.set_tags(job.tracking_uri, job.run_id, {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt)})
+
+
+def _create_run(ready: Plan, uri: str, kind: str) -> Job:
+    config = ready.config
+    shown = config if kind == "sweep" else trial_config(config) if config.search else config
+    tags = provenance() | {"dab.kind": kind, "dab.data_digest": ready.digest, "dab.packed_bytes": str(ready.packed_bytes)}
+    run_id = tracking.create_run(uri, config.tracking.experiment, config.name, params=flatten(shown), tags=tags)
+    folder = str(Path(ready.storage) / run_id)
+    tracking.set_tags(uri, run_id, {"dab.folder": folder})
+    tracking.log_json(uri, run_id, "config.json", to_dict(config))
+    tracking.log_dataset(uri, run_id, digest=ready.digest, path=config.data.train, context="train")
+    values: dict[str, Any] = to_dict(config)
+    job = Job(kind, run_id, config.name, folder, uri, config.tracking.experiment, 1, values)
+    job.save()
+    (Path(folder) / "config.yaml").write_text(to_yaml(config))
+    return job

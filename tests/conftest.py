@@ -1,0 +1,37 @@
+"""Data that many tests read, built once a session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The handwritten digits of scikit-learn as a data set."""
+    from dabnn.data import build_dataset
+
+    root = tmp_path_factory.mktemp("data") / "digits"
+    build_dataset("builtin:digits", root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_digits(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of a few digits a class, built into a data set of its own."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    from dabnn.data import build_dataset
+
+    source = tmp_path_factory.mktemp("source")
+    bunch = load_digits()
+    for position in range(300):
+        folder = source / ("val" if position % 5 == 0 else "train") / str(bunch.target[position])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((bunch.images[position] * 15).astype("uint8")).save(folder / f"{position}.png")
+    root = tmp_path_factory.mktemp("data") / "small"
+    build_dataset(str(source), root)
+    return root

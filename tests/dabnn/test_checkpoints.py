@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from dabnn.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    best_checkpoint,
+    kept,
+    list_checkpoints,
+    load_state,
+    newest_intact,
+)
+from dabnn.errors import DabError, InvalidInputError
+from dabnn.spec import CheckpointPolicy
+
+
+def write(folder: Path, steps: dict[int, float], policy: CheckpointPolicy) -> None:
+    writer = CheckpointWriter(folder, policy)
+    for step, score in steps.items():
+        writer.save({"value": torch.full((4,), float(step))}, step=step, epoch=step, metrics={"val_top1": score})
+    writer.wait()
+
+
+def test_newest_and_best_are_kept_and_the_rest_removed(tmp_path: Path) -> None:
+    write(tmp_path, {1: 50.0, 2: 90.0, 3: 60.0, 4: 70.0, 5: 65.0}, CheckpointPolicy(keep_last=2, keep_best=1))
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [2, 4, 5]
+    assert best_checkpoint(tmp_path).step == 2
+    assert {path.stem for path in tmp_path.glob("*.pt")} == {f"step-{step:08d}" for step in (2, 4, 5)}
+
+
+def test_checkpoint_in_mid_epoch_never_counts_as_best() -> None:
+    middle = Checkpoint("a", 1, 0, {}, "", 1)
+    scored = Checkpoint("b", 2, 1, {"val_top1": 10.0}, "", 1)
+    newest = Checkpoint("c", 3, 1, {}, "", 1)
+    assert kept([middle, scored, newest], CheckpointPolicy(keep_last=1, keep_best=1)) == [scored, newest]
+
+
+def test_file_without_commit_is_not_a_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, {1: 1.0}, CheckpointPolicy())
+    (tmp_path / "step-00000009.pt").write_bytes(b"half of it")
+    found = newest_intact(tmp_path)
+    assert found is not None
+    assert found.step == 1
+
+
+def test_saved_state_is_a_copy_of_the_moment(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, CheckpointPolicy())
+    weights = torch.zeros(1000)
+    writer.save({"weights": weights}, step=1, epoch=1, metrics={})
+    weights += 1
+    writer.wait()
+    assert load_state(list_checkpoints(tmp_path)[0].path)["weights"].sum() == 0
+
+
+def test_a_disk_without_room_is_told_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
+    write(tmp_path, {1: 1.0}, CheckpointPolicy())
+    writer = CheckpointWriter(tmp_path, CheckpointPolicy())
+    tmp_path.joinpath("step-00000002.tmp").symlink_to("/dev/full")
+    writer.save({"value": torch.zeros(100_000)}, step=2, epoch=2, metrics={})
+    with pytest.raises(DabError, match="no room on disk"):
+        writer.wait()
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [1]
+    assert newest_intact(tmp_path) is not None
+
+
+def test_missing_or_foreign_file_is_refused_with_its_name(tmp_path: Path) -> None:
+    foreign = tmp_path / "x.pt"
+    foreign.write_bytes(b"not a checkpoint")
+    for path in (foreign, tmp_path / "absent.pt"):
+        with pytest.raises(InvalidInputError, match=path.name):
+            load_state(path)
+
+
+def test_best_of_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="at least one epoch"):
+        best_checkpoint(tmp_path)
