@@ -1,0 +1,119 @@
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from orchestrator import output
+from orchestrator.output import Output, Table, duration_text, progress_text
+
+
+@dataclass(frozen=True)
+class Found:
+    path: Path
+    sizes: tuple[int, ...]
+
+
+def test_a_result_is_one_json_document_for_a_program(capsys):
+    Output(is_json=True).result({"name": "größer", "found": Found(Path("a"), (1, 2))}, "text for people")
+    assert json.loads(capsys.readouterr().out) == {"name": "größer", "found": {"path": "a", "sizes": [1, 2]}}
+
+
+def test_a_result_is_text_for_a_person(capsys):
+    Output().result({"count": 2}, "two of them")
+    assert capsys.readouterr() == ("two of them\n", "")
+
+
+def test_a_result_without_text_lists_its_keys(capsys):
+    Output().result(Found(Path("a"), (3, 3)))
+    assert capsys.readouterr().out == "path   a\nsizes  3x3\n"
+
+
+def test_notes_and_hints_keep_stdout_clean(capsys):
+    out = Output()
+    out.note("waiting")
+    out.hint("dab", "status", "$(touch x)")
+    assert capsys.readouterr() == ("", "waiting\nnext: dab status '$(touch x)'\n")
+
+
+def test_a_program_gets_no_hint(capsys):
+    Output(is_json=True).hint("dab", "runs")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_error_is_a_line_for_a_person_and_a_document_for_a_program(capsys):
+    Output().error("data.train: missing", 2)
+    assert capsys.readouterr() == ("", "error: data.train: missing\n")
+    Output(is_json=True).error("data.train: missing", 2)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"error": {"message": "data.train: missing", "exit_code": 2}}
+    assert captured.err == "error: data.train: missing\n"
+
+
+def test_a_table_aligns_numbers_right_and_text_left():
+    table = Table.of([{"name": "a", "macs": 1200}, {"name": "longer", "macs": None}], ["name", "macs"])
+    assert str(table).splitlines() == ["name     macs", "a       1,200", "longer      -"]
+
+
+def test_a_table_without_rows_is_its_heading():
+    assert str(Table(["run", "status"], [])) == "run  status"
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "rate", "expected"),
+    [
+        (0, 100, 0, "0/100 images (0 %)"),
+        (512, 2048, 1024, "512/2,048 images (25 %), 1,024 images/s, 2 s left"),
+        (2048, 2048, 1024, "2,048/2,048 images (100 %), 1,024 images/s"),
+        (5, None, 0.5, "5 images, 0.5 images/s"),
+    ],
+)
+def test_progress_says_how_far_how_fast_and_how_long(done, total, rate, expected):
+    assert progress_text(done, total, rate, "images") == expected
+
+
+def test_progress_ends_with_what_else_there_is_to_say():
+    assert progress_text(1, 2, 0, "epochs", "loss 0.31") == "1/2 epochs (50 %), loss 0.31"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
+)
+def test_a_duration_is_said_as_people_say_it(seconds, expected):
+    assert duration_text(seconds) == expected
+
+
+def test_without_a_terminal_progress_is_the_last_state_of_a_short_task(capsys):
+    with Output().progress("build", "images") as bar:
+        for done in range(1, 1001):
+            bar.update(done, 1000)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("build: 1,000/1,000 images (100 %)")
+    assert captured.err.count("\n") == 1
+
+
+def test_without_a_terminal_progress_writes_a_line_when_the_last_one_is_old_enough(capsys, monkeypatch):
+    monkeypatch.setattr(output, "_SECONDS_BETWEEN_LINES", 0.0)
+    with Output().progress("train") as bar:
+        bar.update(1, 3, "loss 2")
+        bar.update(2, 3, "loss 1")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(", ")[2] for line in lines] == ["loss 2", "loss 1"]
+
+
+def test_the_rate_of_a_resumed_task_does_not_count_what_was_done_before():
+    rate = output._Rate()
+    assert rate.after(5000) == 0
+    assert rate.after(5000) == 0
+
+
+def test_a_task_that_fails_writes_no_last_state(capsys):
+    def broken() -> None:
+        with Output().progress("build") as bar:
+            bar.update(1, 2)
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        broken()
+    assert capsys.readouterr().err == ""
