@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for a real device, reached through the public functions; needs torch, triton and pytest."""
+"""The Triton kernels compiled for a real device, through the public functions; needs torch, triton and pytest."""
 
 import pytest
 import torch

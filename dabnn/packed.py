@@ -1,0 +1,270 @@
+"""Packed models: binary weights at one bit each, run on packed signs where the inputs are binary too.
+
+`pack` makes one from a trained network, `PackedModel.save` and `load_packed` keep it in a file (`dabnn.packed_file`),
+`dabnn.verify` compares it with the network. Left out: training, and packed activations from one layer to the next.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dabnn import packed_file
+from dabnn.errors import InvalidInputError
+from dabnn.layers import BinaryConv2d
+from dabnn.models import ModelSpec, Network, build
+from dabnn.quantizers import expand
+from kernels import pack_signs, packed_conv2d
+
+FLOAT_BYTES = 4
+
+
+class PackedConv2d(nn.Module):
+    """A convolution of sign inputs with two-valued filters held as bits, for inference only.
+
+    Computes what `dabnn.layers.BinaryConv2d` computes in evaluation, operation for operation, on packed bits (see
+    `kernels.packed_conv2d`). Input (N, C, H, W) of any floating type, output (N, F, H', W') in that type.
+
+    Attributes:
+        weight_bits: (F, kh, kw, ceil(C / 32)) int32.
+        alpha: (F,) float32.
+        beta: (F,) float32.
+        bias: (F,) float32, or None.
+    """
+
+    weight_bits: Tensor
+    alpha: Tensor
+    beta: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: BinaryConv2d, mask: Tensor, alpha: Tensor, beta: Tensor) -> None:
+        """Take geometry and bias from `layer`, the filters from mask (F, C, kh, kw), alpha (F,) and beta (F,)."""
+        super().__init__()
+        if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+            raise InvalidInputError(
+                f"binarize.inputs: a layer with groups={layer.groups}, dilation={layer.dilation} and padding "
+                f"{layer.padding_mode} has no packed form, which takes groups 1, dilation 1 and zeros. "
+                "Give that layer real inputs."
+            )
+        self.in_channels = layer.in_channels
+        self.stride = (layer.stride[0], layer.stride[1])
+        self.padding = (int(layer.padding[0]), int(layer.padding[1]))
+        self.register_buffer("weight_bits", pack_signs(torch.where(mask, 1.0, -1.0)))
+        self.register_buffer("alpha", alpha)
+        self.register_buffer("beta", beta)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of the signs of x (N, C, H, W)."""
+        out = packed_conv2d(
+            pack_signs(x),
+            self.weight_bits,
+            self.alpha,
+            self.beta,
+            self.bias,
+            in_channels=self.in_channels,
+            stride=self.stride,
+            padding=self.padding,
+        )
+        return out.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How images are normalized before the network: (pixels / 255 - mean) / std.
+
+    Attributes:
+        mean: One value a channel, of values in [0, 1].
+        std: One value a channel.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedModel:
+    """A network for inference whose binary weights are bits; `pack` and `load_packed` make one.
+
+    Attributes:
+        net: The network, in evaluation mode.
+        spec: What `dabnn.models.build` was given.
+        tensors: What a file holds, by name; see `dabnn.packed_file`.
+        float_bytes: Bytes of the same network with all weights and BN statistics in float32.
+        classes: Class names in the order of the logits, or None.
+        normalization: What to do to images first, or None if unknown; their size is `spec.input_size`.
+    """
+
+    net: Network
+    spec: ModelSpec
+    tensors: Mapping[str, Tensor]
+    float_bytes: int
+    classes: tuple[str, ...] | None = None
+    normalization: Normalization | None = None
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits (N, num_classes) of normalized images (N, in_channels, input_size, input_size)."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    @property
+    def is_half(self) -> bool:
+        """Whether scalars and float layers are rounded to float16."""
+        return any(tensor.dtype == torch.float16 for tensor in self.tensors.values())
+
+    def save(self, path: Path | str, *, half: bool = False) -> int:
+        """Write the packed file in one step.
+
+        Args:
+            path: The file; an existing one is replaced.
+            half: Round scalars and float layers to float16, which halves their bytes.
+
+        Returns:
+            Size of the file in bytes.
+
+        Raises:
+            InvalidInputError: The folder does not exist, or a value is beyond the range of float16.
+            DabError: The file cannot be written, for example because the disk is full; no part of it is left.
+        """
+        extras = {
+            "classes": self.classes,
+            "normalization": None if self.normalization is None else asdict(self.normalization),
+        }
+        tensors = {name: _to_half(name, tensor) for name, tensor in self.tensors.items()} if half else self.tensors
+        return packed_file.write(Path(path), packed_file.Content(asdict(self.spec), extras, tensors))
+
+
+def pack(
+    net: Network, *, classes: Sequence[str] | None = None, normalization: Normalization | None = None
+) -> PackedModel:
+    """Packs a network from `dabnn.models.build`; the network itself is left alone.
+
+    Args:
+        net: The trained network, on any device, in any mode.
+        classes: Class names in the order of the logits.
+        normalization: What was done to its images.
+
+    Returns:
+        The packed model, on the CPU.
+
+    Raises:
+        InvalidInputError: The network is not from `build`, was changed after it, holds NaN or infinite weights, or has
+            a layer with binary inputs that has no packed form.
+    """
+    if not isinstance(net, Network):
+        raise InvalidInputError(
+            f"net: {type(net).__name__} carries no model.spec to rebuild it from. Pack what dabnn.models.build returns "
+            "(for a wrapped network, its .module)."
+        )
+    if classes is not None and len(classes) != net.spec.num_classes:
+        raise InvalidInputError(
+            f"classes: {len(classes)} names for {net.spec.num_classes} logits. Give one name a logit."
+        )
+    tensors = {name: tensor.cpu().clone() for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    for path, layer in binary_layers(net).items():
+        code = layer.code()
+        del tensors[f"{path}.weight"]
+        tensors[f"{path}.weight_bits"] = packed_file.encode_mask(code.mask)
+        tensors[f"{path}.alpha"] = code.alpha.float().cpu()
+        tensors[f"{path}.beta"] = code.beta.float().cpu()
+    return _assemble("net", asdict(net.spec), tensors, None if classes is None else tuple(classes), normalization)
+
+
+def load_packed(path: Path | str) -> PackedModel:
+    """Reads a packed file; nothing in it is executed.
+
+    Returns:
+        The packed model, on the CPU, ready to be called on images.
+
+    Raises:
+        InvalidInputError: There is no such file, or it is not a packed model, is damaged, is of a newer version, or
+            names a model that this program does not have.
+    """
+    content = packed_file.read(Path(path))
+    classes, normalization = content.extras["classes"], content.extras["normalization"]
+    return _assemble(
+        str(path),
+        content.spec,
+        content.tensors,
+        None if classes is None else tuple(classes),
+        None if normalization is None else Normalization(*(tuple(normalization[key]) for key in ("mean", "std"))),
+    )
+
+
+def binary_layers(net: nn.Module) -> dict[str, BinaryConv2d]:
+    """Returns the layers with binary weights by their path in the network."""
+    modules = net.named_modules()
+    return {path: m for path, m in modules if isinstance(m, BinaryConv2d) and m.weight_quantizer is not None}
+
+
+def _assemble(
+    source: str,
+    spec: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    classes: tuple[str, ...] | None,
+    normalization: Normalization | None,
+) -> PackedModel:
+    net = _build(source, spec)
+    float_state = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    layers = binary_layers(net)
+    _check_shapes(source, _packed_shapes(float_state, layers), tensors)
+    net.load_state_dict({name: tensors[name] for name in float_state if name in tensors}, strict=False)
+    for path, layer in layers.items():
+        mask = packed_file.decode_mask(tensors[f"{path}.weight_bits"], layer.weight.shape)
+        alpha, beta = (tensors[f"{path}.{name}"].float() for name in ("alpha", "beta"))
+        form = PackedConv2d if layer.binary_input else _two_valued_conv
+        net.set_submodule(path, form(layer, mask, alpha, beta))
+    net.eval().requires_grad_(False)
+    float_bytes = FLOAT_BYTES * sum(tensor.numel() for tensor in float_state.values())
+    return PackedModel(net, net.spec, tensors, float_bytes, classes, normalization)
+
+
+def _build(source: str, spec: Mapping[str, Any]) -> Network:
+    try:
+        # A seed, so that loading a file leaves torch's global generator alone; every value is overwritten.
+        return build(**spec, seed=0)
+    except (TypeError, InvalidInputError) as error:
+        raise InvalidInputError(
+            f"{source}: its network cannot be built by this dab ({error}). Update dab, or export the model again."
+        ) from error
+
+
+def _packed_shapes(float_state: Mapping[str, Tensor], layers: Mapping[str, BinaryConv2d]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that the packed form of a network has."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in float_state.items()}
+    for path, layer in layers.items():
+        del shapes[f"{path}.weight"]
+        shapes[f"{path}.weight_bits"] = (-(-layer.weight.numel() // 8),)
+        shapes[f"{path}.alpha"] = shapes[f"{path}.beta"] = (layer.out_channels,)
+    return shapes
+
+
+def _check_shapes(source: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    for name in sorted(expected.keys() | tensors.keys()):
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
+        if found != expected.get(name):
+            raise InvalidInputError(
+                f"{source}: {name} is {found}, and its model.spec asks for {expected.get(name, 'no such tensor')}. "
+                "Its weights belong to another architecture."
+            )
+
+
+def _two_valued_conv(layer: BinaryConv2d, mask: Tensor, alpha: Tensor, beta: Tensor) -> BinaryConv2d:
+    """Return a convolution with the dense two-valued weight, which its real inputs need."""
+    conv = BinaryConv2d.from_conv(layer, weight_quantizer=None, center=None, binary_input=False)
+    conv.weight = nn.Parameter(expand(mask, alpha, beta))
+    return conv
+
+
+def _to_half(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    if not torch.equal(half.isfinite(), tensor.isfinite()):
+        largest = tensor.abs().max().item()
+        raise InvalidInputError(f"half: {name} reaches {largest:g}, and float16 ends at 65504. Export without --half.")
+    return half
