@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dabnn.errors import InvalidInputError
+from dabnn.errors import DabError, InvalidInputError
 from orchestrator import processes
 from orchestrator.home import home, home_folder, write_private
 from orchestrator.processes import OnWait, Server
@@ -124,13 +124,19 @@ def cluster_down(*, on_wait: OnWait | None = None) -> bool:
         return was_running
 
 
-def cluster_status() -> ClusterStatus:
-    """Return whether the embedded cluster runs; starts and changes nothing."""
+def find_cluster() -> Cluster | None:
+    """Return the embedded cluster if its process runs; starts nothing and does not ask whether it answers."""
     folder = home()
     server = processes.recorded(folder / "cluster.json")
-    if server is None or not processes.is_alive(server):
+    return _cluster(server, folder) if server is not None and processes.is_alive(server) else None
+
+
+def cluster_status() -> ClusterStatus:
+    """Return whether the embedded cluster runs and answers; starts and changes nothing."""
+    cluster = find_cluster()
+    server = processes.recorded(home() / "cluster.json")
+    if cluster is None or server is None:
         return ClusterStatus("stopped", None, ())
-    cluster = _cluster(server, folder)
     pids = tuple(process.pid for process in processes.members(server))
     return ClusterStatus("running" if _is_up(cluster) else "silent", cluster, pids)
 
@@ -149,13 +155,21 @@ def job_client(cluster: Cluster) -> "JobSubmissionClient":
     """Return a client of the Jobs API.
 
     The token travels as a header of this client: Ray reads its own settings only once, when it is imported.
+
+    Raises:
+        DabError: The Jobs API does not answer.
     """
     os.environ.update(processes.without_proxies(os.environ))
     from ray.job_submission import JobSubmissionClient
 
     # RAY_ADDRESS and RAY_API_SERVER_ADDRESS of the environment would win over the address that is passed.
     with _environment(RAY_API_SERVER_ADDRESS=cluster.dashboard_url):
-        return JobSubmissionClient(cluster.dashboard_url, headers={"authorization": f"Bearer {_token(cluster)}"})
+        try:
+            return JobSubmissionClient(cluster.dashboard_url, headers={"authorization": f"Bearer {_token(cluster)}"})
+        except ConnectionError as error:
+            raise DabError(
+                f"the Ray cluster: its Jobs API at {cluster.dashboard_url} does not answer; see `dab cluster status`."
+            ) from error
 
 
 def _start(

@@ -37,11 +37,7 @@ def connected(uri: str) -> Iterator["MlflowClient"]:
         InvalidInputError: The URI is none of a server, or the server says that something asked for is wrong.
         DabError: The server does not answer, within about 8 s, or fails.
     """
-    if not is_reachable(uri, timeout_s=_REACH_TIMEOUT_S):
-        raise DabError(
-            f"MLflow: no answer from {uri}; runs are recorded there. Check that the server runs (`dab ui` starts the "
-            "one of this machine) and that tracking.uri is right."
-        )
+    check_tracking(uri)
     client = unchecked_client(uri)
     from mlflow.exceptions import MlflowException
 
@@ -52,6 +48,20 @@ def connected(uri: str) -> Iterator["MlflowClient"]:
         raise kind(f"MLflow: {uri} answered: {error.message}") from error
     except (OSError, http.client.HTTPException) as error:
         raise DabError(f"MLflow: the connection to {uri} broke ({error}); nothing else was lost. Try again.") from error
+
+
+def check_tracking(uri: str) -> None:
+    """Return if a server answers.
+
+    Raises:
+        InvalidInputError: The URI is none of a server.
+        DabError: Nothing answers within 8 s.
+    """
+    if not is_reachable(uri, timeout_s=_REACH_TIMEOUT_S):
+        raise DabError(
+            f"MLflow: no answer from {uri}; runs are recorded there. Check that the server runs (`dab ui` starts the "
+            "one of this machine) and that tracking.uri is right."
+        )
 
 
 def unchecked_client(uri: str) -> "MlflowClient":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dabnn.errors import InvalidInputError
 from orchestrator.metric_follower import MetricFollower
-from orchestrator.mlflow_client import connected
+from orchestrator.mlflow_client import check_tracking, connected
 from orchestrator.tracking_server import TrackingStatus, ensure_tracking, tracking_down, tracking_status
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "RunRecord",
     "Status",
     "TrackingStatus",
+    "check_tracking",
     "create_run",
     "ensure_tracking",
     "find_run",

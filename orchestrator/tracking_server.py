@@ -121,7 +121,8 @@ def _start(folder: Path, record: Path, former: Server | None, *, port: int | Non
     except BaseException:
         processes.end(server, grace_s=_GRACE_S)
         if is_new:  # one whose tables are half made would stop every later start
-            database.unlink(missing_ok=True)
+            for path in folder.glob("mlflow.db*"):  # its journal would be applied to the next one
+                path.unlink()
         record.unlink(missing_ok=True)
         raise
     return _uri(server)

@@ -1,0 +1,302 @@
+import json
+import logging
+import math
+import socket
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dabnn.errors import DabError, InvalidInputError
+from orchestrator import processes, tracking
+from orchestrator.home import home
+from orchestrator.mlflow_client import unchecked_client
+
+NOBODY = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_home() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="dab -") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DAB_HOME", folder)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def uri(own_home: Path) -> Iterator[str]:
+    yield tracking.ensure_tracking()
+    tracking.tracking_down()
+
+
+@pytest.fixture
+def run_id(uri: str, request: pytest.FixtureRequest) -> str:
+    return tracking.create_run(uri, "test", request.node.name, params={}, tags={})
+
+
+@pytest.fixture
+def follower(uri: str) -> Iterator[tracking.MetricFollower]:
+    running = tracking.MetricFollower(uri, poll_s=0.05)
+    yield running
+    running.close(timeout_s=10)
+
+
+def report(step: int, **metrics: float) -> str:
+    return json.dumps({"step": step, "metrics": metrics, "wall_time": 1.7e9 + time.monotonic()}) + "\n"
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in unchecked_client(uri).get_metric_history(run_id, key)]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_second_call_finds_the_server_that_runs(uri: str) -> None:
+    assert tracking.ensure_tracking() == uri
+    status = tracking.tracking_status()
+    assert (status.state, status.uri) == ("running", uri)
+    assert 2 <= len(status.pids) <= 3  # none of the seven that MLflow adds by default
+
+
+def test_the_server_listens_on_loopback_only(uri: str) -> None:
+    port = int(uri.rpartition(":")[2])
+    listening = [connection for connection in psutil.net_connections("tcp") if connection.status == psutil.CONN_LISTEN]
+    assert {connection.laddr[:1] for connection in listening if connection.laddr[1:] == (port,)} == {("127.0.0.1",)}
+
+
+def test_another_port_than_that_of_the_running_server_is_refused(uri: str) -> None:
+    with pytest.raises(
+        InvalidInputError, match=r"^tracking port: 30000 was asked for, but the server already runs on "
+    ):
+        tracking.ensure_tracking(port=30000)
+
+
+def test_a_run_is_recorded_whole(uri: str, tmp_path: Path) -> None:
+    params: dict[str, object] = {
+        "model": {"name": "bincifar", "width": 0.25},
+        "none": None,
+        "list": [1, 2],
+        "long": "x" * 7000,
+    }
+    params |= {f"p{index}": index for index in range(150)}
+    run_id = tracking.create_run(uri, "whole", "$(touch x) 'quoted'", params=params, tags={"kind": "train"})
+    record = tracking.find_run(uri, run_id)
+    assert (record.name, record.status, record.experiment) == ("$(touch x) 'quoted'", "queued", "whole")
+    assert (record.parent, record.end_time, record.tags["kind"]) == (None, None, "train")
+    assert (
+        record.params | {"model.name": "bincifar", "model.width": "0.25", "none": "null", "list": "[1, 2]"}
+        == record.params
+    )
+    assert len(record.params["long"]) == 6000
+    assert record.params["long"].endswith("cut by dab from 7000 characters")
+    assert record.params["p149"] == "149"
+
+    tracking.set_tags(uri, run_id, {"message": ""})
+    tracking.log_metrics(uri, run_id, {"loss": 0.5, "top1": math.nan}, step=3)
+    tracking.log_json(uri, run_id, "config.json", {"a": 1})
+    (tmp_path / "model.bin").write_bytes(b"\0\1")
+    tracking.log_file(uri, run_id, tmp_path / "model.bin", "files")
+    tracking.log_dataset(uri, run_id, "ab" * 32, "/data/digits/", "train")
+    record = tracking.find_run(uri, run_id)
+    assert (record.metrics["loss"], record.tags["message"]) == (0.5, "")
+    folder = home() / "artifacts" / record.artifact_uri.removeprefix("mlflow-artifacts:/")
+    assert json.loads((folder / "config.json").read_text()) == {"a": 1}
+    assert (folder / "files" / "model.bin").read_bytes() == b"\0\1"
+    inputs = unchecked_client(uri).get_run(run_id).inputs
+    assert inputs is not None
+    dataset = inputs.dataset_inputs[0].dataset
+    assert (dataset.name, dataset.digest) == ("digits", ("ab" * 32)[:36])
+
+
+@pytest.mark.parametrize("status", ["queued", "running", "finished", "failed", "stopped"])
+def test_every_status_comes_back_and_only_an_end_has_an_end_time(
+    uri: str, run_id: str, status: tracking.Status
+) -> None:
+    tracking.set_status(uri, run_id, "failed")
+    tracking.set_status(uri, run_id, status)
+    record = tracking.find_run(uri, run_id)
+    assert record.status == status
+    assert (record.end_time is not None) == (status in ("finished", "failed", "stopped"))
+
+
+def test_a_run_is_found_by_id_prefix_and_name_but_not_by_what_fits_two(uri: str) -> None:
+    first, second = (tracking.create_run(uri, "twins", "twin-run", params={}, tags={}) for _ in range(2))
+    alone = tracking.create_run(uri, "twins", "single%_run", params={}, tags={}, parent=first)
+    assert tracking.find_run(uri, "single%_run").run_id == alone
+    assert tracking.find_run(uri, alone[:12]).run_id == alone
+    with pytest.raises(InvalidInputError, match=r"^run: 'twin-run' fits 2 runs: ") as error:
+        tracking.find_run(uri, "twin-run")
+    assert first in str(error.value)
+    assert second in str(error.value)
+    with pytest.raises(
+        InvalidInputError, match=r"^run: none on .* has the name or id 'twin-rum'\. Nearest: twin-run\."
+    ):
+        tracking.find_run(uri, "twin-rum")
+    assert [run.run_id for run in tracking.find_runs(uri, "twins", parent=first)] == [alone]
+    assert len(tracking.find_runs(uri, "twins")) == 3
+    assert len(tracking.find_runs(uri, max_results=2)) == 2
+    with pytest.raises(InvalidInputError, match=r"^experiment: there is none named 'twin' on .* Nearest: twins\."):
+        tracking.find_runs(uri, "twin")
+
+
+def test_an_unknown_run_is_a_refusal_in_the_words_of_the_server(uri: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"^MLflow: {uri} answered: .*not found"):
+        tracking.set_tags(uri, "0" * 32, {"a": "b"})
+
+
+def test_a_server_that_is_away_is_named_at_once() -> None:
+    with pytest.raises(DabError, match=f"^MLflow: no answer from {NOBODY};.*tracking.uri"):
+        tracking.find_runs(NOBODY)
+
+
+def test_a_server_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.mlflow_client._REACH_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(DabError, match=f"^MLflow: no answer from {address}"):
+            tracking.check_tracking(address)
+
+
+@pytest.mark.parametrize("address", ["sqlite:///x.db", "./mlruns", "http://"])
+def test_a_store_that_is_no_server_is_refused(address: str) -> None:
+    with pytest.raises(InvalidInputError, match=r"^tracking.uri: .* is not the address of an MLflow server"):
+        tracking.check_tracking(address)
+
+
+def test_lines_are_sent_as_they_appear_and_replayed_steps_once(
+    uri: str, run_id: str, follower: tracking.MetricFollower, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    follower.follow(path, run_id)
+    append(path, report(0, loss=1.0) + report(0, top1=0.1) + report(1, loss=0.5))
+    wait_until(lambda: len(history(uri, run_id, "loss")) == 2)
+    append(path, report(1, loss=0.5) + report(2, loss=0.25) + '{"step": 3, "metr')
+    wait_until(lambda: len(history(uri, run_id, "loss")) == 3)
+    append(path, report(3, loss=0.125).removeprefix('{"step": 3, "metr'))
+    assert follower.close(timeout_s=10) == 0
+    assert history(uri, run_id, "loss") == [(0, 1.0), (1, 0.5), (2, 0.25), (3, 0.125)]
+    assert history(uri, run_id, "top1") == [(0, 0.1)]
+
+
+def test_a_later_follower_goes_on_where_the_first_ended(uri: str, run_id: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, "".join(report(step, loss=float(step)) for step in range(2500)))
+    first = tracking.MetricFollower(uri)
+    first.follow(path, run_id)
+    assert first.close(timeout_s=30) == 0
+    append(path, report(2499, loss=2499.0) + report(2500, loss=2500.0))
+    second = tracking.MetricFollower(uri)
+    second.follow(path, run_id)
+    assert second.close(timeout_s=30) == 0
+    assert [step for step, _ in history(uri, run_id, "loss")] == list(range(2501))
+
+
+def test_a_follower_killed_between_sending_and_noting_it_doubles_nothing(uri: str, run_id: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, report(0, loss=1.0) + report(1, loss=math.nan))
+    for _ in range(2):
+        follower = tracking.MetricFollower(uri)
+        follower.follow(path, run_id)
+        assert follower.close(timeout_s=30) == 0
+        path.with_name("metrics.jsonl.sent").unlink()
+    assert [step for step, _ in history(uri, run_id, "loss")] == [0, 1]
+
+
+def test_a_damaged_line_and_a_deleted_run_stop_no_other(
+    uri: str, run_id: str, follower: tracking.MetricFollower, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, lost = tmp_path / "good.jsonl", tmp_path / "lost.jsonl"
+    append(lost, report(0, loss=1.0))
+    append(good, "garbage\n[1]\n" + report(0, loss=1.0))
+    follower.follow(lost, "0" * 32)
+    follower.follow(good, run_id)
+    assert follower.close(timeout_s=30) == 1
+    assert history(uri, run_id, "loss") == [(0, 1.0)]
+    assert sum("is no report of metrics" in message for message in caplog.messages) == 2
+    assert sum("takes no metrics of run" in message for message in caplog.messages) == 1
+
+
+def test_close_counts_what_could_not_be_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, report(0, loss=1.0) + report(1, loss=0.5) + '{"st')
+    follower = tracking.MetricFollower(NOBODY, poll_s=0.05)
+    follower.follow(path, "0" * 32)
+    begin = time.monotonic()
+    assert follower.close(timeout_s=1) == 2
+    assert time.monotonic() - begin < 5
+    assert sum("is away" in message for message in caplog.messages) <= 1
+
+
+def test_metrics_written_while_the_server_is_dead_arrive_when_it_is_back(
+    uri: str, run_id: str, follower: tracking.MetricFollower, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    follower.follow(path, run_id)
+    append(path, report(0, loss=1.0))
+    wait_until(lambda: len(history(uri, run_id, "loss")) == 1)
+    caplog.set_level(logging.WARNING)
+    server = processes.recorded(home() / "tracking.json")
+    assert server is not None
+    for process in processes.members(server):
+        process.kill()
+    append(path, report(1, loss=0.5))
+    wait_until(lambda: any("is away" in message for message in caplog.messages))
+    append(path, report(2, loss=0.25))
+
+    assert tracking.ensure_tracking() == uri
+    assert follower.close(timeout_s=40) == 0
+    assert history(uri, run_id, "loss") == [(0, 1.0), (1, 0.5), (2, 0.25)]
+    assert sum("is away" in message for message in caplog.messages) == 1
+
+
+def test_a_database_that_cannot_be_opened_is_told_and_leaves_no_process(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DAB_HOME", str(tmp_path))
+    (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(DabError, match=r"(?s)^the MLflow server: ended while it started.*mlflow.log.*not a database"):
+        tracking.ensure_tracking()
+    assert tracking.tracking_status() == tracking.TrackingStatus("stopped", None, ())
+    assert not (tmp_path / "tracking.json").exists()
+    assert (tmp_path / "mlflow.db").exists()
+
+
+def test_a_start_that_is_interrupted_leaves_neither_process_nor_half_a_database(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DAB_HOME", str(tmp_path))
+    seen: list[processes.Server] = []
+
+    def interrupt(_message: str) -> None:
+        if (tmp_path / "mlflow.db").exists():
+            seen.extend(filter(None, [processes.recorded(tmp_path / "tracking.json")]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tracking.ensure_tracking(on_wait=interrupt)
+    assert processes.members(seen[0]) == []
+    assert not (tmp_path / "mlflow.db").exists()
+    assert not (tmp_path / "tracking.json").exists()
+
+
+def test_down_ends_the_server_and_keeps_what_it_recorded(uri: str) -> None:
+    pids = tracking.tracking_status().pids
+    assert tracking.tracking_down()
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    assert not tracking.tracking_down()
+    with sqlite3.connect(home() / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs").fetchone()[0] > 5
+    database.close()
