@@ -206,14 +206,3 @@ def test_gpu_tests_and_benchmarks_import_only_what_a_gpu_machine_has() -> None:
         str(p.relative_to(ROOT)): wrong_arrows(p.read_text(encoding="utf-8"), p.stem, allowed) for p in gpu_files()
     }
     assert {path: complaints for path, complaints in found.items() if complaints} == {}
-
-
-def test_help_answers_without_torch_ray_or_mlflow() -> None:
-    code = (
-        "import sys, cli\n"
-        "sys.argv = ['dab', '--help']\n"
-        "try:\n    cli.main()\n"
-        "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
-        "print(sorted({'torch', 'ray', 'mlflow', 'optuna'} & set(sys.modules)), file=sys.stderr)\n"
-    )
-    assert run_python(code).stderr == "[]\n"
