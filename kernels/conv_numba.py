@@ -66,12 +66,6 @@ def _as_long_words(words: NDArray[np.uint32]) -> NDArray[np.uint64]:
     return np.ascontiguousarray(np.pad(flat, ((0, 0), (0, flat.shape[1] % 2)))).view(np.uint64)
 
 
-def _ones_before(words: NDArray[np.uint32]) -> NDArray[np.int32]:
-    """(F, kh + 1, kw + 1): ones of the filter at the taps above and left of each corner."""
-    per_tap = np.bitwise_count(words).sum(axis=3, dtype=np.int32)
-    return np.pad(per_tap.cumsum(axis=1, dtype=np.int32).cumsum(axis=2, dtype=np.int32), ((0, 0), (1, 0), (1, 0)))
-
-
 def _type_popcount(_context: Any, _word: Any) -> Any:
     """Types and builds the number of ones in a 64-bit word as LLVM's `ctpop`, which vectorises."""
 
@@ -82,6 +76,21 @@ def _type_popcount(_context: Any, _word: Any) -> Any:
 
 
 _popcount: Any = intrinsic(_type_popcount)
+
+
+@numba.njit(nogil=True, cache=True)
+def _ones_before(words: NDArray[np.uint32]) -> NDArray[np.int32]:
+    """(F, kh + 1, kw + 1): ones of the filter at the taps above and left of each corner."""
+    filters, height, width, num_words = words.shape
+    ones = np.zeros((filters, height + 1, width + 1), np.int32)
+    for index in range(filters):
+        for ky in range(height):
+            in_row = 0
+            for kx in range(width):
+                for word in range(num_words):
+                    in_row += _popcount(np.uint64(words[index, ky, kx, word]))
+                ones[index, ky + 1, kx + 1] = ones[index, ky, kx + 1] + in_row
+    return ones
 
 
 @numba.njit(nogil=True, cache=True)
@@ -122,17 +131,16 @@ def _filter_row(
     scalars: tuple[np.float32, np.float32],
     out: NDArray[np.float32],
 ) -> None:
+    last = ones_before.shape[1] - 1
+    inside = ones_before[rows[1], last] - ones_before[rows[0], last]
     for column in range(out.shape[0]):
         count = 0
         for word in range(weight.shape[0]):
             count += _popcount(windows[column, word] & weight[word])
-        left, right = columns[column, 0], columns[column, 1]
-        ones = (
-            ones_before[rows[1], right]
-            - ones_before[rows[0], right]
-            - ones_before[rows[1], left]
-            + ones_before[rows[0], left]
-        )
+        ones, left, right = inside, columns[column, 0], columns[column, 1]
+        if right - left < last:
+            ones = ones_before[rows[1], right] - ones_before[rows[0], right]
+            ones -= ones_before[rows[1], left] - ones_before[rows[0], left]
         out[column] = scalars[0] * np.float32(2 * count - ones) + scalars[1] * np.float32(sums[column])
 
 
