@@ -93,7 +93,7 @@ def record(name: str, rows: list[dict[str, Any]], **conditions: Any) -> None:
         "commit": _commit(),
         "hardware": _hardware(),
         "versions": _versions(),
-        "conditions": conditions,
+        "conditions": conditions | {"load_average_1min": os.getloadavg()[0]},
         "rows": rows,
     }
     folder = Path(os.environ.get("OUT", "benchmarks/results"))
