@@ -22,9 +22,10 @@ def main() -> None:
     os.environ[_HOOK] = f"{__name__}.{without_client_server.__name__}"
     # The command line imports Ray Serve for a subcommand, and with it pandas and fastapi (91 MB, 2 s); it does without.
     sys.modules["ray.serve"] = None  # type: ignore[assignment]
-    from ray.scripts.scripts import main as ray_command_line
+    from ray.scripts import scripts
 
-    ray_command_line()  # type: ignore[no-untyped-call]
+    command_line: Any = scripts.main  # Ray has no types for it
+    command_line()
 
 
 if __name__ == "__main__":
