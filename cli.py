@@ -14,8 +14,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from dabnn.errors import DabError
-from orchestrator.output import Output
+from orchestrator.output import DabError, Output
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration, such as examples/digits.yaml.")]
@@ -73,27 +72,25 @@ def data_build(
     as_json: Json = False,
 ) -> None:
     """Turn images into shards with a manifest."""
-    from dabnn.data import build_dataset
-    from orchestrator.views import dataset_view
+    from orchestrator import datasets
 
     out = Output(is_json=as_json)
     with out.progress(f"build {dest}", "images") as bar:
-        manifest = build_dataset(source, dest, format=layout, shard_bytes=shard_mb * 2**20, on_progress=bar.update)
-    out.result(*dataset_view(manifest))
+        view = datasets.build(source, dest, layout=layout, shard_mb=shard_mb, on_progress=bar.update)
+    out.result(*view)
     out.hint("dab", "data", "check", str(dest))
 
 
 @data_app.command("check", epilog="Example: dab data check shards/photos")
 def data_check(dest: Dataset, as_json: Json = False) -> None:
     """Compare every shard with the manifest. The exit code is 1 when something is wrong."""
-    from dabnn.data import check_dataset
-    from orchestrator.views import problems_view
+    from orchestrator import datasets
 
     out = Output(is_json=as_json)
     with out.progress(f"check {dest}", "images") as bar:
-        problems = check_dataset(dest, on_progress=bar.update)
-    out.result(*problems_view(dest, problems))
-    if problems:
+        is_ok, view = datasets.check(dest, on_progress=bar.update)
+    out.result(*view)
+    if not is_ok:
         raise typer.Exit(DabError.exit_code)
     out.hint("dab", "submit", "CONFIG", "--set", f"data.train={dest}")
 
@@ -103,11 +100,10 @@ def models(context: typer.Context, as_json: Json = False) -> None:
     """List the models that can be trained, or show one."""
     if context.invoked_subcommand is not None:
         return
-    from dabnn.models import names
-    from orchestrator.views import names_view
+    from orchestrator.zoo import list_models
 
     out = Output(is_json=as_json)
-    out.result(*names_view(names()))
+    out.result(*list_models())
     out.hint("dab", "models", "show", "NAME")
 
 
@@ -123,10 +119,9 @@ def models_show(
     as_json: Json = False,
 ) -> None:
     """Show a model's layers and sizes. Layers are numbered as --bin-start and --bin-end count them."""
-    from orchestrator.views import model_view
-    from orchestrator.zoo import layer_table
+    from orchestrator.zoo import show_model
 
-    table = layer_table(
+    view = show_model(
         name,
         num_classes=num_classes,
         width=width,
@@ -135,7 +130,7 @@ def models_show(
         bin_start=bin_start,
         bin_end=bin_end,
     )
-    Output(is_json=as_json).result(*model_view(table))
+    Output(is_json=as_json).result(*view)
 
 
 @config_app.command("schema", epilog="Example: dab config schema > dab.schema.json")

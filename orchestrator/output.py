@@ -14,6 +14,11 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from dabnn.errors import DabError as DabError  # the command line meets our failures here; it may not import dabnn
+
+# The JSON document of a result, and its text for a person.
+View = tuple[dict[str, Any], str]
+
 _SECONDS_BETWEEN_LINES = 2.0
 
 

@@ -1,15 +1,25 @@
-"""Layer tables of models that nobody has configured yet, for `dab models show`."""
+"""`dab models`: the models of the zoo, and the layers and sizes of one that nobody has configured yet."""
 
-import torch
+from dataclasses import asdict
 
-from dabnn.models import ModelTable, build, describe
+from dabnn.models import build, describe, names
 from dabnn.models.zoo import find
+from orchestrator.output import Table, View
 
 # What the published figures were measured with; a run takes the number of classes from its data set.
 _PUBLISHED_CLASSES = {"sketchanet": 250, "bincifar": 10}
+_LAYER_COLUMNS = (
+    "index", "path", "in_channels", "out_channels", "kernel", "stride", "padding", "binary_weights", "binary_inputs",
+    "macs", "weight_bits", "bit_ops",
+)  # fmt: skip
 
 
-def layer_table(
+def list_models() -> View:
+    """Return the names of all models."""
+    return {"models": names()}, "\n".join(names())
+
+
+def show_model(
     name: str,
     *,
     num_classes: int | None = None,
@@ -18,8 +28,8 @@ def layer_table(
     in_channels: int | None = None,
     bin_start: int | None = None,
     bin_end: int | None = None,
-) -> ModelTable:
-    """Return the table of a model, without making its weights.
+) -> View:
+    """Return the layers and sizes of a model.
 
     Args:
         name: Model of the zoo.
@@ -34,14 +44,20 @@ def layer_table(
         InvalidInputError: The model does not exist or cannot have these sizes or this range.
     """
     family, _ = find(name)
-    with torch.device("meta"):
-        net = build(
-            name,
-            num_classes=_PUBLISHED_CLASSES[family.name] if num_classes is None else num_classes,
-            width=width,
-            input_size=input_size,
-            in_channels=in_channels,
-            bin_start=bin_start,
-            bin_end=bin_end,
-        )
-    return describe(net)
+    net = build(
+        name,
+        num_classes=_PUBLISHED_CLASSES[family.name] if num_classes is None else num_classes,
+        width=width,
+        input_size=input_size,
+        in_channels=in_channels,
+        bin_start=bin_start,
+        bin_end=bin_end,
+    )
+    table = describe(net)
+    data = asdict(table)
+    shape = "x".join(str(size) for size in table.input_shape)
+    head = f"{table.name}: family {table.family}, variant {table.variant}, input {shape}"
+    sizes = f"{table.num_params:,} parameters, {table.float_bytes:,} bytes as float32"
+    ratio = table.float_bytes / table.packed_bytes
+    human = f"{head}\n{Table.of(data['layers'], _LAYER_COLUMNS)}\n{sizes}, {table.packed_bytes:,} packed ({ratio:.1f}x)"
+    return data, human
