@@ -4,6 +4,10 @@ A task gathers the windows of its row once, as 64-bit words with zeros at padded
 window; then every filter is one loop over the row. The count of a filter's ones on the valid taps of a border window
 is read from a two-dimensional prefix sum, since valid taps always form a rectangle. No fast-math, so each float32
 operation rounds on its own.
+
+Measured at batch 1 on an AMD EPYC with AVX-512, 2026-11-23, other work running: on one thread 1.1 to 4.1 times as
+fast as torch's float32 on the 3x3 layers of ResNet-18 (64 to 512 channels), on two threads 0.6 to 1.9 times; without
+packing, see benchmarks/results/packed_conv_cpu.json.
 """
 
 from collections.abc import Sequence
