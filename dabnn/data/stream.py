@@ -322,7 +322,8 @@ def _make_loader(dataset: _BatchReader, requests: _Requests, num_loaders: int) -
     context: BaseContext | None = None
     if num_loaders:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "PIL.Image", __name__])
+        augmentation = type(dataset.transform.augmentation).__module__
+        context.set_forkserver_preload(["torch", "PIL.Image", __name__, augmentation])
     return DataLoader(
         dataset,
         batch_size=None,
