@@ -119,7 +119,8 @@ def members(server: Server) -> list[psutil.Process]:
     return [
         process
         for process in psutil.process_iter()
-        if (is_leader_known and _session(process) == server.pid) or _marker(process) == server.marker
+        if ((is_leader_known and _session(process) == server.pid) or _marker(process) == server.marker)
+        and not _is_zombie(process)  # one whose parent never waits for it, as in some containers, cannot be ended
     ]
 
 
@@ -224,7 +225,7 @@ def _wait_until_gone(server: Server, timeout_s: float) -> list[psutil.Process]:
     """Return what is left of a server after at most `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
-        left = [process for process in members(server) if process.pid != server.pid or is_alive(server)]
+        left = members(server)
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.1)
@@ -235,6 +236,13 @@ def _session(process: psutil.Process) -> int | None:
         return os.getsid(process.pid)
     except ProcessLookupError:
         return None
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _marker(process: psutil.Process) -> str | None:

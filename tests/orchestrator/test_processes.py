@@ -74,6 +74,14 @@ def test_end_reaches_children_whose_server_died(stubborn: Server) -> None:
     assert not any(member.is_running() for member in members)
 
 
+def test_a_dead_child_that_nobody_waits_for_is_no_member(tmp_path: Path) -> None:
+    code = "import subprocess, time; child = subprocess.Popen(['true']); time.sleep(1); print('up', flush=True)"
+    server = start(tmp_path, f"{code}; time.sleep(600)")
+    wait_for_log(server, "up")
+    assert [member.pid for member in processes.members(server)] == [server.pid]
+    processes.end(server, grace_s=5)
+
+
 def test_another_program_with_the_same_pid_is_neither_found_nor_ended(stubborn: Server) -> None:
     bystander = dataclasses.replace(stubborn, created_at=stubborn.created_at - 1000, marker="another")
     assert not processes.is_alive(bystander)
