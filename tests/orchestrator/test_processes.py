@@ -43,6 +43,10 @@ def wait_for_log(server: Server, text: str) -> None:
         time.sleep(0.05)
 
 
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 @pytest.fixture
 def stubborn(tmp_path: Path) -> Iterator[Server]:
     server = start(tmp_path, STUBBORN)
@@ -61,7 +65,7 @@ def test_end_reaches_children_that_left_the_session_and_ignore_the_request(stubb
     members = processes.members(stubborn)
     assert len(members) == 3
     processes.end(stubborn, grace_s=0.2)
-    assert not any(member.is_running() for member in members)
+    assert all(has_ended(member) for member in members)
     assert not processes.is_alive(stubborn)
     processes.end(stubborn, grace_s=0.2)
 
@@ -71,7 +75,7 @@ def test_end_reaches_children_whose_server_died(stubborn: Server) -> None:
     psutil.Process(stubborn.pid).kill()
     psutil.wait_procs([member for member in members if member.pid == stubborn.pid], timeout=5)
     processes.end(stubborn, grace_s=0.2)
-    assert not any(member.is_running() for member in members)
+    assert all(has_ended(member) for member in members)
 
 
 def test_a_dead_child_that_nobody_waits_for_is_no_member(tmp_path: Path) -> None:
