@@ -8,7 +8,6 @@ block (`share`). Nothing here knows how many loader processes there are, and onl
     rank 1:          s2 s3 |       s6 s7 |    s9
 """
 
-import difflib
 import hashlib
 import struct
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from dabnn.choices import unknown_choice
 from dabnn.errors import InvalidInputError
 
 REMAINDERS = ("keep", "drop")
@@ -91,8 +91,7 @@ def steps(num_samples: int, batch_size: int, num_workers: int, remainder: str = 
         InvalidInputError: The batch size is not a positive multiple of the workers, or the samples do not make a step.
     """
     if remainder not in REMAINDERS:
-        nearest = difflib.get_close_matches(str(remainder), REMAINDERS, n=1, cutoff=0)[0]
-        raise InvalidInputError(f"data.remainder: unknown value {remainder!r}; did you mean {nearest!r}?")
+        raise unknown_choice("data.remainder", remainder, REMAINDERS)
     if batch_size < 1 or batch_size % num_workers:
         raise InvalidInputError(
             f"data.batch_size: {batch_size} is not a positive multiple of {num_workers} workers, so a step could not "

@@ -4,13 +4,13 @@ Knows the image-folder layout `SRC/{train,val}/CLASS/*` and the handwritten digi
 write a function that returns a `Source` and name it in `open_source`.
 """
 
-import difflib
 import io
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dabnn.choices import unknown_choice
 from dabnn.data.images import EXTENSIONS
 from dabnn.data.order import permutation
 from dabnn.errors import InvalidInputError
@@ -63,8 +63,7 @@ def open_source(source: str, format: str = "auto") -> Source:  # noqa: A002 - th
         InvalidInputError: The source is not there, or not laid out as the format wants it.
     """
     if format not in FORMATS:
-        nearest = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0)[0]
-        raise InvalidInputError(f"format: unknown value {format!r}; did you mean {nearest!r}?")
+        raise unknown_choice("format", format, FORMATS)
     if source.startswith(BUILTIN_PREFIX) or format == "digits":
         if source != f"{BUILTIN_PREFIX}digits" or format == "folder":
             raise InvalidInputError(f"{source}: not a built-in dataset; there is {BUILTIN_PREFIX}digits")

@@ -5,7 +5,6 @@ work on the whole batch, where they cost a tenth. torchvision itself is imported
 torch's compiler, which makes the start of every process longer by as much as torch does.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dabnn.choices import unknown_choice
 from dabnn.data.images import convert_channels
 from dabnn.errors import InvalidInputError
 
@@ -100,10 +100,7 @@ def make_transform(
         InvalidInputError: The name is unknown, or the numbers do not fit each other.
     """
     if name not in NAMES:
-        nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)[0]
-        raise InvalidInputError(
-            f"data.transform: unknown transform {name!r}; did you mean {nearest!r}? There are {', '.join(NAMES)}"
-        )
+        raise unknown_choice("data.transform", name, NAMES)
     if in_channels not in (1, 3):
         raise InvalidInputError(f"model.in_channels: {in_channels}; images have 1 (gray) or 3 (RGB) channels")
     if input_size < 1:

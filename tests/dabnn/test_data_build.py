@@ -301,7 +301,7 @@ def test_room_that_runs_out_while_writing_removes_the_partial_files(tmp_path: Pa
 
 
 def test_unknown_words_name_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="did you mean 'folder'"):
+    with pytest.raises(InvalidInputError, match="Did you mean 'folder'"):
         build_dataset(str(tmp_path), tmp_path / "data", format="foldr")
     with pytest.raises(InvalidInputError, match="there is builtin:digits"):
         build_dataset("builtin:faces", tmp_path / "data")

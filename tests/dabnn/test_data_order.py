@@ -146,7 +146,7 @@ def test_fewer_than_two_samples_a_worker_are_refused() -> None:
 
 
 def test_an_unknown_remainder_names_the_nearest() -> None:
-    with pytest.raises(InvalidInputError, match=r"did you mean 'keep'"):
+    with pytest.raises(InvalidInputError, match=r"^data\.remainder: 'kep' is not known\. Did you mean 'keep'"):
         steps(10, 2, 1, "kep")
 
 

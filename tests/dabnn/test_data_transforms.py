@@ -95,9 +95,7 @@ def test_a_transform_travels_to_another_process() -> None:
 
 
 def test_an_unknown_name_names_the_nearest() -> None:
-    with pytest.raises(
-        InvalidInputError, match=r"^data\.transform: unknown transform 'cropflip'; did you mean 'crop_flip'"
-    ):
+    with pytest.raises(InvalidInputError, match=r"^data\.transform: 'cropflip' is not known. Did you mean 'crop_flip'"):
         make("cropflip", 8, 3)
 
 
