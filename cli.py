@@ -25,6 +25,11 @@ Set = Annotated[
 Dataset = Annotated[Path, typer.Argument(metavar="DEST", help="Folder of the dataset: shards and manifest.json.")]
 BinStart = Annotated[int | None, typer.Option(help="First layer with binary weights, counted from 1.")]
 BinEnd = Annotated[int | None, typer.Option(help="Last layer with binary weights.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run id, the beginning of one, or a run's name.")]
+TrackingUri = Annotated[
+    str | None, typer.Option("--tracking-uri", metavar="URL", help="MLflow server; default this machine's own.")
+]
+Detach = Annotated[bool, typer.Option("--detach", help="Return at once instead of following the log.")]
 
 
 def _group(help_text: str) -> typer.Typer:
@@ -41,9 +46,11 @@ app = _group("Train, search and ship distribution-aware binarized networks.")
 data_app = _group("Build and check datasets.")
 models_app = _group("The models that can be trained.")
 config_app = _group("What can be configured, and what a configuration means.")
+cluster_app = _group("The embedded cluster on this machine.")
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models", no_args_is_help=False)
 app.add_typer(config_app, name="config")
+app.add_typer(cluster_app, name="cluster")
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -150,6 +157,197 @@ def config_show(config: ConfigFile, overrides: Set = None, as_json: Json = False
 
     resolved = resolve_paths(load_config(config, overrides or ()))
     Output(is_json=as_json).result(to_dict(resolved), to_yaml(resolved).rstrip())
+
+
+@app.command("submit", epilog="Example: dab submit examples/digits.yaml --set data.train=digits --set train.epochs=10")
+def submit(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML configuration.")] = None,
+    overrides: Set = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Search over the section `search` instead.")] = False,
+    detach: Detach = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and start nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train on the cluster; started on this machine if it does not run. Follows the run to its end."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    if dry_run:
+        out.result(*commands.dry_run(config, overrides or [], sweep=sweep))
+        return
+    data, text = commands.submit_run(config, overrides or [], sweep=sweep, detach=detach, say=out.note)
+    out.result(data, text)
+    out.hint(
+        "dab",
+        *(
+            ["logs", data["run_id"][:8], "--follow"]
+            if detach
+            else ["export", data["run_id"][:8], "-o", "model.safetensors"]
+        ),
+    )
+
+
+@app.command("runs", epilog="Example: dab runs --experiment dab")
+def runs(
+    experiment: Annotated[str | None, typer.Option(help="Only runs of this experiment.")] = None,
+    uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """List the runs, newest first, trials below their sweep."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    out.result(*commands.list_runs(uri, experiment=experiment, say=out.note))
+    out.hint("dab", "status", "RUN")
+
+
+@app.command("status", epilog="Example: dab status digits-bincifarfbin")
+def status(run: Run, uri: TrackingUri = None, as_json: Json = False) -> None:
+    """Show where a run stands."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    out.result(*commands.show_status(uri, run, out.note))
+
+
+@app.command("logs", epilog="Example: dab logs 3f2a --follow")
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run has ended.")] = False,
+    uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Print the log of a run."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    out.stream(commands.logs(uri, run, follow=follow, say=out.note))
+
+
+@app.command("stop", epilog="Example: dab stop 3f2a")
+def stop(
+    run: Run,
+    now: Annotated[bool, typer.Option("--now", help="Without a last checkpoint.")] = False,
+    grace_s: Annotated[float, typer.Option(help="Seconds to wait for the last checkpoint.")] = 60.0,
+    uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Stop a run after a checkpoint."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    out.result(*commands.stop_run(uri, run, now=now, grace_s=grace_s, say=out.note))
+    out.hint("dab", "resume", run)
+
+
+@app.command("resume", epilog="Example: dab resume 3f2a")
+def resume(run: Run, detach: Detach = False, uri: TrackingUri = None, as_json: Json = False) -> None:
+    """Continue a stopped or failed run from its newest checkpoint."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    out.result(*commands.resume_run(uri, run, detach=detach, say=out.note))
+    out.hint("dab", "status", run)
+
+
+@app.command("export", epilog="Example: dab export 3f2a -o model.safetensors")
+def export(
+    run: Run,
+    file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The packed model to write.")],
+    half: Annotated[bool, typer.Option("--half", help="Store scalars and float layers as float16.")] = False,
+    uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Write the packed model of a run's best checkpoint, checked against the trained network."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    out.result(*commands.export(uri, run, file, half=half, say=out.note))
+    out.hint("dab", "predict", str(file), "IMAGE")
+
+
+@app.command("evaluate", epilog="Example: dab evaluate model.safetensors --data digits")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN-or-FILE", help="A run, or a packed model.")],
+    data: Annotated[Path | None, typer.Option(help="Dataset whose split val is used; a file needs one.")] = None,
+    uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy on the split val."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    with out.progress(f"evaluate {target}", "images") as bar:
+        view = commands.evaluate(uri, target, data, on_batch=bar.update, say=out.note)
+    out.result(*view)
+
+
+@app.command("predict", epilog="Example: dab predict model.safetensors photo.png")
+def predict(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A packed model.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    as_json: Json = False,
+) -> None:
+    """Print the most probable classes of images."""
+    from orchestrator import commands
+
+    Output(is_json=as_json).result(*commands.predict(file, images))
+
+
+@app.command("ui", epilog="Example: dab ui --port 5000")
+def ui(
+    port: Annotated[int | None, typer.Option(help="Port on loopback; default a free one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Start the experiment browser and print its address. `dab cluster down` ends it."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    out.result(*commands.start_browser(port, out.note))
+
+
+@app.command("demo", epilog="Example: dab demo")
+def demo(as_json: Json = False) -> None:
+    """Shards, training, search and a packed model on real digits, in a few minutes."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    data, text = commands.demo(out.note)
+    out.result(data, text)
+    for command in commands.after_demo(data):
+        out.hint(*command)
+
+
+@cluster_app.command("up", epilog="Example: dab cluster up --num-cpus 8")
+def cluster_up(
+    num_cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that it hands out.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of Ray's control service; default a free one.")] = None,
+    dashboard_port: Annotated[int | None, typer.Option(help="Port of the dashboard; default a free one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Start the cluster."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    out.result(*commands.bring_cluster_up(num_cpus, port, dashboard_port, out.note))
+    out.hint("dab", "cluster", "down")
+
+
+@cluster_app.command("down", epilog="Example: dab cluster down")
+def cluster_down(as_json: Json = False) -> None:
+    """End the cluster with its jobs, and this machine's experiment tracker. What they recorded stays."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    out.result(*commands.bring_cluster_down(out.note))
+
+
+@cluster_app.command("status", epilog="Example: dab cluster status")
+def cluster_status(as_json: Json = False) -> None:
+    """Show whether cluster and experiment tracker run."""
+    from orchestrator import commands
+
+    Output(is_json=as_json).result(*commands.show_cluster())
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,7 +1,8 @@
 """Checkpoints: written in the background, atomically, checksummed, loaded with weights only.
 
-A checkpoint is `step-00000120.pt` beside `step-00000120.json`. The JSON file is written last and is the commit: a checkpoint
-without it, or whose checksum differs, is never chosen. Retention keeps the newest k and the best k. Leaves out object stores.
+A checkpoint is `step-00000120.pt` beside `step-00000120.json`. The JSON file is written last and is the commit: a
+checkpoint without it, or whose checksum differs, is never chosen. Retention keeps the newest k and the best k. Leaves
+out object stores.
 """
 
 import errno
@@ -100,8 +101,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
 class CheckpointWriter:
     """Writes checkpoints of one run in a background thread, one at a time.
 
-    `save` copies the state and returns; the copy is written while training goes on. An error of the thread is raised by the next
-    `save` or by `close`, so that none is lost.
+    `save` copies the state and returns; the copy is written while training goes on. An error of the thread is raised
+    by the next `save` or by `close`, so that none is lost.
     """
 
     def __init__(self, folder: Path, policy: CheckpointPolicy) -> None:
@@ -169,7 +170,7 @@ class CheckpointWriter:
 
 
 def kept(checkpoints: Sequence[Checkpoint], policy: CheckpointPolicy) -> list[Checkpoint]:
-    """Return those of `checkpoints` (oldest first) that `policy` keeps: the newest `keep_last` and the best `keep_best`."""
+    """Return those of `checkpoints` (oldest first) that `policy` keeps: the newest ones and the best ones."""
     newest = checkpoints[-policy.keep_last :]
     scored = [checkpoint for checkpoint in checkpoints if checkpoint.score > -math.inf]
     best = sorted(scored, key=lambda checkpoint: (checkpoint.score, checkpoint.step), reverse=True)[: policy.keep_best]
@@ -198,7 +199,7 @@ def _write_error(folder: Path, error: OSError) -> DabError:
     if error.errno == errno.ENOSPC:
         free_mb = shutil.disk_usage(folder).free / 1e6
         return DabError(
-            f"storage: no room on disk for a checkpoint in {folder} ({free_mb:.0f} MB free). Earlier checkpoints are intact: "
-            "free some space, then `dab resume` the run."
+            f"storage: no room on disk for a checkpoint in {folder} ({free_mb:.0f} MB free). Earlier checkpoints are "
+            "intact: free some space, then `dab resume` the run."
         )
     return DabError(f"storage: cannot write a checkpoint in {folder}: {error}. Earlier checkpoints are intact.")

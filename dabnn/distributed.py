@@ -110,9 +110,10 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def wrap(net: nn.Module, world: World, sample_shape: tuple[int, ...]) -> nn.Module:
     """Return `net` under DistributedDataParallel, its gradient buckets settled; with one process, `net` itself.
 
-    DDP orders its buckets anew after the first backward pass. The order decides in which sequence the summands of three or more ranks
-    are added, and float addition is not associative: a run resumed at step n would round its first step differently from an
-    uninterrupted one. A discarded step on random input moves that re-ordering before the first real step. Buffers are restored.
+    DDP orders its buckets anew after the first backward pass. The order decides in which sequence the summands of
+    three or more ranks are added, and float addition is not associative: a run resumed at step n would round its
+    first step differently from an uninterrupted one. A discarded step on random input moves that re-ordering before
+    the first real step. Buffers are restored.
 
     Args:
         net: The network, on `world.device`.

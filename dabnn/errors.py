@@ -1,4 +1,4 @@
-"""The exceptions that `dab` raises on purpose: each is one clear message, and `main()` alone turns it into an exit code.
+"""The exceptions that `dab` raises on purpose: one clear message each; `main()` alone turns it into an exit code.
 
 A bug is any other exception and keeps its traceback.
 """

@@ -44,7 +44,9 @@ class Totals:
         """Return `{prefix}loss` (mean), `{prefix}top1` and `{prefix}top5` (percent)."""
         count = max(self.num_samples, 1.0)
         shares = {"top1": self.top1, "top5": self.top5}
-        return {f"{prefix}loss": self.loss / count} | {f"{prefix}{key}": 100 * hit / count for key, hit in shares.items()}
+        return {f"{prefix}loss": self.loss / count} | {
+            f"{prefix}{key}": 100 * hit / count for key, hit in shares.items()
+        }
 
 
 @torch.inference_mode()

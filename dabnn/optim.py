@@ -1,4 +1,4 @@
-"""Optimizers by name. The learning rate is set before each step from the schedule, never by a scheduler object with state."""
+"""Optimizers by name. The learning rate is set before each step, never by a scheduler object with state."""
 
 from collections.abc import Callable, Iterable
 

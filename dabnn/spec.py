@@ -1,7 +1,7 @@
 """What a training run is made of, as frozen dataclasses that `dabnn` understands without a configuration library.
 
-`orchestrator.config` validates what a user writes and turns it into a `TrainSpec`; `torchrun -m dabnn.train` reads one from JSON.
-Rank, device and handles are not here: they are arguments of the loop.
+`orchestrator.config` validates what a user writes and turns it into a `TrainSpec`; `torchrun -m dabnn.train` reads
+one from JSON. Rank, device and handles are not here: they are arguments of the loop.
 """
 
 import json

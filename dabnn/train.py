@@ -2,12 +2,14 @@
 
     torchrun --nproc_per_node 2 -m dabnn.train SPEC.json RUN_FOLDER
 
-What makes a run reproducible and resumable bit for bit on the same number of ranks: the order of the samples is a pure function of
-(seed, epoch), the dropout masks of (seed, step, rank), the learning rate of the step; DDP's buckets are settled before the first
-step; a checkpoint holds rank 0's weights, buffers and optimizer state, and every rank starts from those.
+What makes a run reproducible and resumable bit for bit on the same number of ranks: the order of the samples is a
+pure function of (seed, epoch), the dropout masks of (seed, step, rank), the learning rate of the step; DDP's buckets
+are settled before the first step; a checkpoint holds rank 0's weights, buffers and optimizer state, and every rank
+starts from those.
 
-Once a step all ranks agree (one all-reduce of three integers) whether to go on: a stop, a damaged sample on one rank or a loss that is
-not finite ends all of them together instead of leaving some waiting. Leaves out clusters and trackers: see `jobs.train`.
+Once a step all ranks agree (one all-reduce of three integers) whether to go on: a stop, a damaged sample on one rank
+or a loss that is not finite ends all of them together instead of leaving some waiting. Leaves out clusters and
+trackers: see `jobs.train`.
 """
 
 import argparse
@@ -109,7 +111,7 @@ class Position:
 
 
 def train(spec: TrainSpec, folder: RunFolder, *, world: World, observer: Observer | None = None) -> TrainResult:
-    """Train from the newest intact checkpoint in `folder`, or from the start; every rank calls this with the same `spec`.
+    """Train from the newest intact checkpoint in `folder`, or from the start; every rank calls this alike.
 
     Args:
         spec: The run.
@@ -118,8 +120,8 @@ def train(spec: TrainSpec, folder: RunFolder, *, world: World, observer: Observe
         observer: Told about each finished epoch.
 
     Returns:
-        How it ended, equal on all ranks. A damaged sample, a full disk or a loss that is not finite is a result with status
-        "failed", not an exception, because a restart would meet it again.
+        How it ended, equal on all ranks. A damaged sample, a full disk or a loss that is not finite is a result with
+        status "failed", not an exception, because a restart would meet it again.
 
     Raises:
         InvalidInputError: The specification does not fit the data, the model or the checkpoint.
@@ -209,7 +211,7 @@ class _Loop:
         labels = batch.labels.to(self.world.device)
         logits = self.model(batch.images.to(self.world.device))
         losses = F.cross_entropy(logits, labels, reduction="none")
-        # DDP averages over ranks; this makes the average the mean over the samples of the step, also when shares differ.
+        # DDP averages over ranks; this makes it the mean over the samples of the step, also when shares differ.
         loss = losses.sum() * (self.world.size / batch.global_size)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -281,8 +283,9 @@ class _Loop:
         state = load_state(found.path)
         if state["data_digest"] != self.data_digest:
             raise InvalidInputError(
-                f"data.train: {self.spec.data.train} has other samples than the run began with (digest {self.data_digest[:12]}, "
-                f"the checkpoint has {state['data_digest'][:12]}). Restore the data set, or start a new run."
+                f"data.train: {self.spec.data.train} has other samples than the run began with (digest "
+                f"{self.data_digest[:12]}, the checkpoint has {state['data_digest'][:12]}). Restore the data set, or "
+                "start a new run."
             )
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -374,14 +377,20 @@ def _open(spec: TrainSpec, model: ModelSpec, split: str, world: World) -> Stream
 
 def main() -> None:
     """Run `train` in this process as `torchrun` started it, or alone."""
-    parser = argparse.ArgumentParser(prog="python -m dabnn.train", description="Train under torchrun, or in one process.")
+    parser = argparse.ArgumentParser(
+        prog="python -m dabnn.train", description="Train under torchrun, or in one process."
+    )
     parser.add_argument("spec", type=Path, help="JSON file of a TrainSpec")
     parser.add_argument("folder", type=Path, help="folder of the run; an interrupted run in it is continued")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

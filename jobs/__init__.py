@@ -1,1 +1,1 @@
-"""Programs that run on the cluster: `python -m jobs.train`, `python -m jobs.sweep`. Each reads a specification, calls `dabnn`, reports."""
+"""Programs that run on the cluster: `python -m jobs.train`, `python -m jobs.sweep`. Each calls `dabnn` and reports."""

@@ -1,7 +1,7 @@
 """Run the training loop on the workers of a Ray cluster, or in this process when one worker is asked for by a trial.
 
-Ray launches, supervises and restarts; the loop, its checkpoints and its record belong to `dabnn`. `ray.train.report` is called once an
-epoch only, because each call waits for the controller's next poll.
+Ray launches, supervises and restarts; the loop, its checkpoints and its record belong to `dabnn`. `ray.train.report`
+is called once an epoch only, because each call waits for the controller's next poll.
 """
 
 import os
@@ -16,7 +16,7 @@ from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
 from dabnn.spec import TrainSpec
 from dabnn.train import train
-from orchestrator.config import ClusterConfig
+from orchestrator.config import Cluster as ClusterConfig
 
 COLLECTIVE_TIMEOUT_S = 300
 
@@ -76,13 +76,14 @@ def check_capacity(cluster: ClusterConfig) -> None:
     """
     wanted = _resources(cluster)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    slots = sum(int(min(node.get(kind, 0) // amount for kind, amount in wanted.items() if amount)) for node in nodes)
+    held = (min(node.get(kind, 0) // amount for kind, amount in wanted.items() if amount) for node in nodes)
+    slots = int(sum(held))
     if slots < cluster.num_workers:
         have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
         needs = ", ".join(f"{amount:g} {kind}" for kind, amount in wanted.items())
         raise DabError(
-            f"cluster.num_workers: {cluster.num_workers} workers of {needs} each, but the cluster's nodes ({have}) hold {slots}. "
-            "Ask for fewer workers or add nodes."
+            f"cluster.num_workers: {cluster.num_workers} workers of {needs} each, but the cluster's nodes ({have}) "
+            f"hold {slots}. Ask for fewer workers or add nodes."
         )
 
 
@@ -95,10 +96,10 @@ def _resources(cluster: ClusterConfig) -> dict[str, float]:
 
 def _train_on_worker(settings: dict[str, Any]) -> None:
     """Run the loop on one rank; Ray calls this on every worker."""
-    import torch  # noqa: PLC0415 - the driver does not need it
-    from ray.train.torch import get_device  # noqa: PLC0415
+    import torch
+    from ray.train.torch import get_device
 
-    from dabnn.distributed import World  # noqa: PLC0415
+    from dabnn.distributed import World
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(max(1, int(settings["threads"])))

@@ -1,4 +1,7 @@
-"""What a job tells MLflow about a run beside its metrics: start, checkpoints, end. A tracker that is away never ends a run."""
+"""What a job tells MLflow about a run beside its metrics: start, checkpoints, end.
+
+A tracker that is away never ends a run.
+"""
 
 import logging
 from collections.abc import Callable

@@ -1,12 +1,12 @@
 """The program of a sweep on the cluster: `python -m jobs.sweep`, started by `dab submit --sweep`.
 
-Ray Tune proposes and stops trials; each trial is an ordinary run with its own folder, checkpoints and MLflow run under the sweep's. A
-trial of one worker trains in the trial's own process; with more workers the trial starts a nested trainer and takes no CPU itself.
+Ray Tune proposes and stops trials; each trial is an ordinary run with its own folder, checkpoints and MLflow run
+under the sweep's. A trial of one worker trains in the trial's own process; with more workers the trial starts a
+nested trainer and takes no CPU itself.
 """
 
 import logging
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ NESTED_DRIVER_CPUS = 0.01
 
 
 def main() -> int:
-    """Run the sweep described in the environment; return 0 when it finished or was stopped, 1 when every trial failed."""
+    """Run the sweep described in the environment; return 0 when it finished or was stopped, 1 when it failed."""
     job = Job.from_environment()
     config = job.parsed_config()
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
@@ -45,8 +45,9 @@ def main() -> int:
 
 
 def _search(job: Job, config: Config) -> dict[str, Any]:
-    assert config.search is not None
     search, base = config.search, trial_config(config)
+    if search is None:
+        raise DabError("search: the configuration of this job has no search; `dab submit --sweep` checks that.")
     check_capacity(base.cluster)
     searcher, space, num_samples = make_searcher(search, config.seed)
     recorder = TrialRecorder(job, search)
@@ -94,7 +95,9 @@ def _run_trial(values: dict[str, Any], job: Job) -> None:
     folder = trial_folder(job, tune.get_context().get_trial_id())
     observer = ReportToTune(float(model_table(config).packed_bytes))
     if config.cluster.num_workers > 1:
-        result = follow_nested(folder, observer, lambda: launch(train_spec(config), folder, config.cluster, folder.root.name))
+        result = follow_nested(
+            folder, observer, lambda: launch(train_spec(config), folder, config.cluster, folder.root.name)
+        )
     else:
         result = _train_here(config, folder, observer)
     if result["status"] == "failed":
@@ -102,10 +105,10 @@ def _run_trial(values: dict[str, Any], job: Job) -> None:
 
 
 def _train_here(config: Config, folder: RunFolder, observer: ReportToTune) -> dict[str, Any]:
-    import torch  # noqa: PLC0415 - the driver of the sweep does not need it
+    import torch
 
-    from dabnn.distributed import World  # noqa: PLC0415
-    from dabnn.train import train  # noqa: PLC0415
+    from dabnn.distributed import World
+    from dabnn.train import train
 
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     device = "cuda" if config.cluster.gpus_per_worker else "cpu"

@@ -1,7 +1,8 @@
 """The program of one run on the cluster: `python -m jobs.train`, started by `dab submit` through the Ray Jobs API.
 
-Marks the run as running, trains, prints progress, follows the run's metrics into MLflow, and records how it ended. MLflow may be away
-for a while: the run's folder is the durable record, and what could not be sent is sent by the next attempt.
+Marks the run as running, trains, prints progress, follows the run's metrics into MLflow, and records how it ended.
+MLflow may be away for a while: the run's folder is the durable record, and what could not be sent is sent by the next
+attempt.
 """
 
 import sys
@@ -105,10 +106,9 @@ def epoch_line(line: dict[str, Any]) -> str:
 def progress_line(progress: dict[str, Any]) -> str:
     """Return the line for a place within an epoch."""
     eta = "" if progress["eta_s"] is None else f", {progress['eta_s']:.0f} s left"
-    return (
-        f"epoch {progress['epoch'] + 1}/{progress['epochs']}, step {progress['step_in_epoch']}/{progress['steps_per_epoch']}: "
-        f"loss {progress['loss']:.4f}, {progress['images_per_s']:.0f} images/s{eta}"
-    )
+    place = f"epoch {progress['epoch'] + 1}/{progress['epochs']}"
+    step = f"step {progress['step_in_epoch']}/{progress['steps_per_epoch']}"
+    return f"{place}, {step}: loss {progress['loss']:.4f}, {progress['images_per_s']:.0f} images/s{eta}"
 
 
 if __name__ == "__main__":

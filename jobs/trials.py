@@ -1,4 +1,4 @@
-"""Trials as runs: their folders, what they tell Ray Tune, and how the driver of the sweep records each as a child run in MLflow."""
+"""Trials as runs: their folders, what they tell Ray Tune, and how the sweep records each as a child run in MLflow."""
 
 import threading
 import time
@@ -61,7 +61,7 @@ def follow_nested(folder: RunFolder, observer: ReportToTune, run: Callable[[], d
         time.sleep(NESTED_POLL_S)
 
 
-class TrialRecorder(tune.Callback):  # type: ignore[misc] - Ray ships no types
+class TrialRecorder(tune.Callback):
     """Creates a child run for each trial, follows its metrics, and marks how it ended.
 
     Tune calls it in the driver. Tune also pickles its callbacks; only the description of the sweep travels.
@@ -87,11 +87,22 @@ class TrialRecorder(tune.Callback):  # type: ignore[misc] - Ray ships no types
         name = f"{self._job.name}-t{number:02d}"
         tags = {"dab.kind": "trial", "dab.folder": str(folder.root), "dab.job_id": self._job.job_id}
         run_id = tracking.create_run(
-            self._job.tracking_uri, self._job.experiment, name, params=flatten(config), tags=tags, parent=self._job.run_id
+            self._job.tracking_uri,
+            self._job.experiment,
+            name,
+            params=flatten(config),
+            tags=tags,
+            parent=self._job.run_id,
         )
         tracking.set_status(self._job.tracking_uri, run_id, "running")
         child = replace(
-            self._job, kind="train", run_id=run_id, name=name, folder=str(folder.root), attempt=1, config=to_dict(config)
+            self._job,
+            kind="train",
+            run_id=run_id,
+            name=name,
+            folder=str(folder.root),
+            attempt=1,
+            config=to_dict(config),
         )
         child.save()
         self._children[trial.trial_id] = child
@@ -109,7 +120,7 @@ class TrialRecorder(tune.Callback):  # type: ignore[misc] - Ray ships no types
         self._end(trial, "failed", lines[-1] if lines else "")
 
     def close(self) -> dict[str, Any]:
-        """Flush metrics and return the result of the sweep: status, message, metrics and child run of the best trial."""
+        """Flush metrics and return the result of the sweep: status, message, metrics and run of the best trial."""
         if self._follower is not None:
             self._follower.close(timeout_s=20)
         objective = self._search.objectives[0]
@@ -125,7 +136,12 @@ class TrialRecorder(tune.Callback):  # type: ignore[misc] - Ray ships no types
         tracking.set_tags(self._job.tracking_uri, self._job.run_id, tags)
         tracking.log_metrics(self._job.tracking_uri, self._job.run_id, metrics, step=len(self._ended))
         message = f"best trial {best.name}" + (" (stopped before all trials ran)" if was_stopped else "")
-        return {"status": "stopped" if was_stopped else "finished", "message": message, "metrics": metrics, "best": best.run_id}
+        return {
+            "status": "stopped" if was_stopped else "finished",
+            "message": message,
+            "metrics": metrics,
+            "best": best.run_id,
+        }
 
     def _finished(self, metric: str) -> list[tuple[Job, dict[str, float]]]:
         pairs = []
@@ -151,5 +167,5 @@ class TrialRecorder(tune.Callback):  # type: ignore[misc] - Ray ships no types
 
 def describe_point(values: dict[str, Any]) -> str:
     """Return a point of the search space on one line."""
-    shown = (f"{key.rsplit('.', 1)[-1]}={value:.4g}" if isinstance(value, float) else f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
-    return ", ".join(shown)
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
+    return ", ".join(f"{key.rpartition('.')[2]}={text}" for key, text in shown.items())

@@ -1,6 +1,7 @@
 """`dab demo`: the whole product on real handwritten digits, on this machine, in a few minutes.
 
-Shards, training with two workers, a small search, every run in MLflow, a packed model that is checked against the trained one.
+Shards, training with two workers, a small search, every run in MLflow, a packed model that is checked against the
+trained one.
 """
 
 from collections.abc import Callable, Iterator
@@ -112,7 +113,7 @@ def _trials(sweep: RunStatus) -> Iterator[RunStatus]:
 
 def _row(run: RunStatus) -> DemoRow:
     config = Job.load(Path(run.folder)).parsed_config()
-    from orchestrator.resolve import model_table  # noqa: PLC0415
+    from orchestrator.resolve import model_table
 
     table = model_table(config)
     binary = [row.index for row in table.layers if row.binary_weights]

@@ -1,7 +1,7 @@
-"""The description that travels from `dab submit` to the program on the cluster: one JSON text in an environment variable.
+"""The description that travels from `dab submit` to the program on the cluster: JSON in an environment variable.
 
-Job entrypoints are shell lines, so nothing that a user chose is ever part of one. The same text lies in the run's folder as
-`job.json`, from which `dab resume` submits the next attempt.
+Job entrypoints are shell lines, so nothing that a user chose is ever part of one. The same text lies in the run's
+folder as `job.json`, from which `dab resume` submits the next attempt.
 """
 
 import json
@@ -90,5 +90,7 @@ class Job:
         """
         text = os.environ.get(VARIABLE)
         if text is None:
-            raise DabError(f"{VARIABLE} is not set. This program is started by `dab submit`; `dab submit --help` says how.")
+            raise DabError(
+                f"{VARIABLE} is not set. This program is started by `dab submit`; `dab submit --help` says how."
+            )
         return cls(**json.loads(text))

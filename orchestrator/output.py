@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -75,6 +75,15 @@ class Output:
         else:
             text = _key_lines(_plain_mapping(data)) if human is None else str(human)
         print(text, file=sys.stdout)  # noqa: T201
+
+    def stream(self, chunks: Iterable[str]) -> None:
+        """Write text that arrives bit by bit, as it arrives; as JSON `{"text": ...}` when all of it is there."""
+        if self.is_json:
+            self.result({"text": "".join(chunks)})
+            return
+        for chunk in chunks:
+            sys.stdout.write(chunk)
+            sys.stdout.flush()
 
     def note(self, text: str) -> None:
         """Tell a person something that is not data."""

@@ -1,4 +1,4 @@
-"""From what the user wrote to what will run: the data set's classes, the model with its layer range, the specification of the loop.
+"""From what the user wrote to what will run: classes of the data set, model, layer range, the loop's specification.
 
 Everything that can be refused without a cluster is refused here.
 """
@@ -26,12 +26,14 @@ def resolve(config: Config) -> Config:
     train, val = (load_manifest(Path(path)) for path in (config.data.train, config.data.val or config.data.train))
     if train.classes != val.classes:
         raise InvalidInputError(
-            f"data.val: {config.data.val} has {len(val.classes)} classes, data.train {len(train.classes)}, or other names. "
+            f"data.val: {config.data.val} has {len(val.classes)} classes, data.train {len(train.classes)}, or others. "
             "Build both from the same source."
         )
     for split, manifest in (("train", train), ("val", val)):
         if split not in manifest.splits:
-            raise InvalidInputError(f"data.{split}: the data set has no split {split!r}, only {', '.join(manifest.splits)}.")
+            raise InvalidInputError(
+                f"data.{split}: the data set has no split {split!r}, only {', '.join(manifest.splits)}."
+            )
     num_classes = len(train.classes)
     if config.model.num_classes not in (None, num_classes):
         raise InvalidInputError(
@@ -110,5 +112,6 @@ def check_room(config: Config, storage: Path) -> None:
     if needed > free:
         raise InvalidInputError(
             f"storage: no room on disk: checkpoints need up to {needed / _MEGABYTE:.0f} MB in {storage}, "
-            f"{free / _MEGABYTE:.0f} MB are free. Free some space, set storage to another folder, or lower train.checkpoint.keep_last."
+            f"{free / _MEGABYTE:.0f} MB are free. Free some space, set storage to another folder, or lower "
+            "train.checkpoint.keep_last."
         )

@@ -1,4 +1,7 @@
-"""Runs seen from outside: list, status, logs, stop, resume. The Jobs API knows what lives, MLflow and the run's folder what lasts."""
+"""Runs seen from outside: list, status, logs, stop, resume.
+
+The Jobs API knows what lives, MLflow and the run's folder what lasts.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,13 +13,14 @@ from dabnn.checkpoints import list_checkpoints
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import RunFolder
 from orchestrator import tracking
-from orchestrator.cluster import Cluster, cluster_status, job_client
+from orchestrator.cluster import Cluster, find_cluster, job_client
 from orchestrator.job import Job
 from orchestrator.submit import ensure_services, submit_job
-from orchestrator.tracking import RunRecord
+from orchestrator.tracking import RunRecord, Status
 
 ENDED = ("finished", "failed", "stopped")
 _ENDED_JOBS = ("SUCCEEDED", "FAILED", "STOPPED")
+_LIVING_JOBS = ("PENDING", "RUNNING")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class RunStatus:
     run_id: str
     name: str
     kind: str
-    status: str
+    status: Status
     message: str
     attempts: int
     epoch: int
@@ -56,18 +60,30 @@ class RunStatus:
     tracking_uri: str
 
 
-def decide_status(tracked: str, job: str | None) -> tuple[str, str]:
-    """Return (status, reason) from what the tracker says and what the Jobs API says of the run's job (None: unknown there).
+def decide_status(tracked: Status, job: str | None, left: Status | None) -> tuple[Status, str]:
+    """Return (status, reason) of a run.
 
-    A run that the tracker believes alive while its job has ended was lost without a word: its driver was killed.
+    A run that the tracker believes alive while its job has ended either could not reach the tracker at its end, or was
+    lost without a word: its driver was killed.
+
+    Args:
+        tracked: What the tracker says.
+        job: What the Jobs API says of the run's job; None when it does not know it.
+        left: The status that the training loop left in the run's folder; None when it left none.
     """
     if tracked in ENDED:
         return tracked, ""
+    if left is not None and job not in _LIVING_JOBS:
+        return left, ""
     if job is None:
         return "failed", "its cluster is gone; `dab resume` continues from the last checkpoint"
     if job in _ENDED_JOBS:
-        reason = "its job was stopped" if job == "STOPPED" else "its driver died"
-        return ("stopped" if job == "STOPPED" else "failed"), f"{reason}; `dab resume` continues from the last checkpoint"
+        advice = "`dab resume` continues from the last checkpoint"
+        return (
+            ("stopped", f"its job was stopped; {advice}")
+            if job == "STOPPED"
+            else ("failed", f"its driver died; {advice}")
+        )
     return tracked, ""
 
 
@@ -83,11 +99,13 @@ def status(uri: str, reference: str) -> RunStatus:
         InvalidInputError: No run, or several, match.
     """
     record = tracking.find_run(uri, reference)
-    state, reason = decide_status(record.status, _job_status(record))
+    folder = folder_of(record)
+    result = folder.result()
+    state, reason = decide_status(record.status, _job_status(record), result.get("status"))
+    reason = reason or result.get("message", "")
     if state != record.status:
         tracking.set_tags(uri, record.run_id, {"dab.message": reason})
         tracking.set_status(uri, record.run_id, state)
-    folder = folder_of(record)
     progress = folder.progress()
     lines = folder.metrics()
     metrics = lines[-1]["metrics"] if lines else record.metrics
@@ -104,7 +122,7 @@ def status(uri: str, reference: str) -> RunStatus:
         checkpoints=[asdict(checkpoint) for checkpoint in list_checkpoints(folder.checkpoints)],
         progress=progress,
         folder=str(folder.root),
-        weights_sha256=str(folder.result().get("weights_sha256", "")),
+        weights_sha256=result.get("weights_sha256", ""),
         tracking_uri=uri,
     )
 
@@ -154,11 +172,14 @@ def resume(uri: str, reference: str, on_wait: Callable[[str], None] | None = Non
     current = status(uri, reference)
     if current.status not in ("stopped", "failed"):
         advice = "It has nothing left to do." if current.status == "finished" else "Stop it first: `dab stop`."
-        raise InvalidInputError(f"{current.name}: is {current.status}; only a stopped or failed run can be resumed. {advice}")
+        raise InvalidInputError(
+            f"{current.name}: is {current.status}; only a stopped or failed run can be resumed. {advice}"
+        )
     folder = RunFolder(Path(current.folder))
     job = Job.load(folder.root).next_attempt()
     cluster, _ = ensure_services(uri, on_wait)
     folder.clear_stop()
+    folder.forget_result()
     tracking.set_tags(uri, job.run_id, {"dab.message": ""})
     tracking.set_status(uri, job.run_id, "queued")
     submit_job(job, cluster)
@@ -173,9 +194,11 @@ def read_logs(uri: str, reference: str, *, follow: bool = False) -> Iterator[str
     """
     record = tracking.find_run(uri, reference)
     job_id = record.tags.get("dab.job_id")
-    cluster = cluster_status().cluster
+    cluster = find_cluster()
     if job_id is None or cluster is None:
-        raise DabError(f"{record.name}: its log was kept by a cluster that is gone. Its record is in {folder_of(record).root}.")
+        raise DabError(
+            f"{record.name}: its log was kept by a cluster that is gone. Its record is in {folder_of(record).root}."
+        )
     yield from follow_job(cluster, job_id) if follow else [job_client(cluster).get_job_logs(job_id)]
 
 
@@ -196,7 +219,7 @@ def follow_job(cluster: Cluster, job_id: str) -> Iterator[str]:
 
 def _job_status(record: RunRecord) -> str | None:
     job_id = record.tags.get("dab.job_id")
-    cluster = cluster_status().cluster
+    cluster = find_cluster()
     if job_id is None or cluster is None:
         return None
     return job_status(cluster, job_id)
@@ -228,7 +251,7 @@ def _ends_within(uri: str, run_id: str, grace_s: float, on_wait: Callable[[str],
 
 
 def _stop_job(record: RunRecord) -> None:
-    cluster = cluster_status().cluster
+    cluster = find_cluster()
     job_id = record.tags.get("dab.job_id")
     if cluster is not None and job_id is not None and job_status(cluster, job_id) is not None:
         job_client(cluster).stop_job(job_id)

@@ -1,17 +1,21 @@
-"""From the `search` section of a configuration to what Ray Tune runs: who proposes points, who stops trials early, what a point is.
+"""From the `search` section of a configuration to what Ray Tune runs.
+
+That is: who proposes points, who stops trials early, and what a point is.
 
 `bin_end >= bin_start` holds by construction: the end is drawn from the values that the start leaves.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from dabnn.errors import InvalidInputError
 from orchestrator.config import Config, Domain, Search
 
+_Number = TypeVar("_Number", int, float)
+
 START, END = "binarize.bin_start", "binarize.bin_end"
-MIN_EPOCHS_BEFORE_STOP = 3  # binary networks improve late: a trial is not judged before its third epoch, nor in its first quarter
+MIN_EPOCHS_BEFORE_STOP = 3  # binary networks improve late: no trial is judged earlier, nor in its first quarter
 
 
 def suggest(space: dict[str, Domain]) -> Callable[[Any], None]:
@@ -22,14 +26,13 @@ def suggest(space: dict[str, Domain]) -> Callable[[Any], None]:
         for key in _start_first(space):
             domain = space[key]
             if domain.kind == "int":
-                low, high = (int(value) for value in domain.values)  # type: ignore[arg-type]
+                low, high = _ends(domain, int)
                 low = max(low, start) if key == END and start is not None else low
                 value: Any = trial.suggest_int(key, low, max(low, high))
             elif domain.kind == "choice":
                 value = trial.suggest_categorical(key, list(domain.values))
             else:
-                low_value, high_value = (float(value) for value in domain.values)  # type: ignore[arg-type]
-                value = trial.suggest_float(key, low_value, high_value, log=domain.kind == "log")
+                value = trial.suggest_float(key, *_ends(domain, float), log=domain.kind == "log")
             start = value if key == START else start
 
     return draw
@@ -41,22 +44,24 @@ def grid_points(space: dict[str, Domain]) -> list[dict[str, Any]]:
     Raises:
         InvalidInputError: A domain is continuous.
     """
-    axes = []
+    axes: list[list[Any]] = []
     for key, domain in space.items():
         if domain.kind not in ("int", "choice"):
             raise InvalidInputError(
                 f"search.space.{key}: a grid has no points for a {domain.kind} range. List them: {{choice: [...]}}."
             )
-        low_high = domain.values
-        axes.append(list(range(int(low_high[0]), int(low_high[1]) + 1)) if domain.kind == "int" else list(low_high))  # type: ignore[arg-type]
-    points = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
+        if domain.kind == "int":
+            low, high = _ends(domain, int)
+            axes.append(list(range(low, high + 1)))
+        else:
+            axes.append(list(domain.values))
+    points: list[dict[str, Any]] = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
     return [point for point in points if point.get(START) is None or point.get(END, point[START]) >= point[START]]
 
 
 def trial_config(config: Config) -> Config:
     """Return the configuration of a trial before its point is applied: no search, its own number of epochs."""
-    assert config.search is not None
-    epochs = config.search.epochs or config.train.epochs
+    epochs = (config.search and config.search.epochs) or config.train.epochs
     return config.model_copy(update={"search": None, "train": config.train.model_copy(update={"epochs": epochs})})
 
 
@@ -66,15 +71,15 @@ def make_searcher(search: Search, seed: int) -> tuple[Any, dict[str, Any], int]:
     A point of a grid arrives in the trial under the key "point"; the others arrive as they are.
     """
     if search.algorithm == "grid":
-        from ray import tune  # noqa: PLC0415
+        from ray import tune
 
         points = grid_points(search.space)[: search.num_trials]
         return None, {"point": tune.grid_search(points)}, 1
-    import optuna  # noqa: PLC0415
-    from ray.tune.search.optuna import OptunaSearch  # noqa: PLC0415
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
 
     if search.algorithm == "tpe":
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(3, min(10, search.num_trials // 3)))
+        sampler: Any = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(3, min(10, search.num_trials // 3)))
     else:
         sampler = optuna.samplers.RandomSampler(seed=seed)
     objective = search.objectives[0]
@@ -87,12 +92,22 @@ def make_scheduler(search: Search, epochs: int) -> Any:
     grace = max(MIN_EPOCHS_BEFORE_STOP, epochs // 4)
     if search.early_stop is None or grace >= epochs:
         return None
-    from ray.tune.schedulers import ASHAScheduler  # noqa: PLC0415
+    from ray.tune.schedulers import ASHAScheduler
 
     objective = search.objectives[0]
     return ASHAScheduler(
-        time_attr="epoch", metric=objective.metric, mode=objective.mode, max_t=epochs, grace_period=grace, reduction_factor=2
+        time_attr="epoch",
+        metric=objective.metric,
+        mode=objective.mode,
+        max_t=epochs,
+        grace_period=grace,
+        reduction_factor=2,
     )
+
+
+def _ends(domain: Domain, kind: type[_Number]) -> tuple[_Number, _Number]:
+    low, high = domain.values
+    return kind(low), kind(high)  # type: ignore[arg-type] # a range holds two numbers; the configuration checked it
 
 
 def _start_first(space: dict[str, Domain]) -> Iterator[str]:

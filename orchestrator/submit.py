@@ -1,5 +1,6 @@
-"""Submit a run or a sweep: check everything that can be checked here, create the MLflow run, hand the job to the cluster."""
+"""Submit a run or a sweep: check what can be checked here, create the MLflow run, hand the job to the cluster."""
 
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -7,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from dabnn.errors import InvalidInputError
 from orchestrator import tracking
@@ -65,7 +65,7 @@ def plan(config: Config, *, sweep: bool) -> Plan:
 
 
 def submit(config: Config, *, sweep: bool = False, on_wait: Callable[[str], None] | None = None) -> tuple[Job, Cluster]:
-    """Submit a run, or with `sweep` a search, to the embedded cluster; start cluster and tracker if they are not running.
+    """Submit a run or a sweep to the embedded cluster; cluster and tracker are started if they are not running.
 
     Args:
         config: As the user wrote it.
@@ -81,19 +81,25 @@ def submit(config: Config, *, sweep: bool = False, on_wait: Callable[[str], None
     """
     ready = plan(config, sweep=sweep)
     cluster, uri = ensure_services(ready.config.tracking.uri, on_wait)
+    wanted = ready.config.cluster
     if ready.cpus > cluster.num_cpus:
         raise InvalidInputError(
-            f"cluster.num_workers: {ready.config.cluster.num_workers} workers x {ready.config.cluster.cpus_per_worker:g} CPU need "
-            f"{ready.cpus:g} CPUs, the embedded cluster has {cluster.num_cpus}. Ask for fewer workers, or `dab cluster down` and "
-            f"`dab cluster up --num-cpus {int(ready.cpus)}`."
+            f"cluster.num_workers: {wanted.num_workers} workers x {wanted.cpus_per_worker:g} CPU need {ready.cpus:g} "
+            f"CPUs, the embedded cluster has {cluster.num_cpus}. Ask for fewer workers, or `dab cluster down` and "
+            f"`dab cluster up --num-cpus {math.ceil(ready.cpus)}`."
         )
     job = _create_run(ready, uri, "sweep" if sweep else "train")
-    submit_job(job, cluster)
+    try:
+        submit_job(job, cluster)
+    except BaseException:  # an interruption, too: a run without a job would stay queued for ever
+        tracking.set_tags(uri, job.run_id, {"dab.message": "the job could not be submitted"})
+        tracking.set_status(uri, job.run_id, "failed")
+        raise
     return job, cluster
 
 
 def ensure_services(uri: str | None, on_wait: Callable[[str], None] | None = None) -> tuple[Cluster, str]:
-    """Return the embedded cluster and the tracking URI, both answering; started at the same time where they are not running.
+    """Return the embedded cluster and the tracking URI, both answering; started side by side where they do not run.
 
     Args:
         uri: Tracking server of the user's, or None for ours.
@@ -129,7 +135,11 @@ def submit_job(job: Job, cluster: Cluster) -> None:
 def _create_run(ready: Plan, uri: str, kind: str) -> Job:
     config = ready.config
     shown = config if kind == "sweep" else trial_config(config) if config.search else config
-    tags = provenance() | {"dab.kind": kind, "dab.data_digest": ready.digest, "dab.packed_bytes": str(ready.packed_bytes)}
+    tags = provenance() | {
+        "dab.kind": kind,
+        "dab.data_digest": ready.digest,
+        "dab.packed_bytes": str(ready.packed_bytes),
+    }
     run_id = tracking.create_run(uri, config.tracking.experiment, config.name, params=flatten(shown), tags=tags)
     folder = str(Path(ready.storage) / run_id)
     tracking.set_tags(uri, run_id, {"dab.folder": folder})

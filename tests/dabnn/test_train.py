@@ -65,7 +65,9 @@ def test_stop_takes_a_checkpoint_and_the_next_attempt_ends_as_if_never_stopped(d
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
-def test_killed_in_mid_epoch_it_resumes_to_bit_identical_weights(num_workers: int, digits: Path, tmp_path: Path) -> None:
+def test_killed_in_mid_epoch_it_resumes_to_bit_identical_weights(
+    num_workers: int, digits: Path, tmp_path: Path
+) -> None:
     spec = small_spec(digits, num_workers=num_workers)
     whole = torchrun(spec, tmp_path / "whole", num_workers)
     kill_in_mid_epoch(spec, tmp_path / "killed", num_workers)

@@ -1,0 +1,197 @@
+"""From a checkpoint to something a person uses: load the trained network, export it packed, evaluate, predict.
+
+The checks of an export are `dabnn.verify`; the file is `dabnn.packed`. Leaves out where checkpoints come from.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dabnn.checkpoints import load_state
+from dabnn.data import Batch, load_manifest, open_stream
+from dabnn.data.images import decode_image
+from dabnn.data.transforms import make_transform
+from dabnn.distributed import World
+from dabnn.errors import DabError, InvalidInputError
+from dabnn.evaluate import evaluate
+from dabnn.models import ModelSpec, Network, build
+from dabnn.packed import Normalization, PackedModel, load_packed, pack
+from dabnn.verify import Verification, verify
+
+NUM_PREDICTIONS = 5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network sees in an image.
+
+    Attributes:
+        image: The file.
+        classes: (name, probability) of the most probable classes, the most probable first.
+    """
+
+    image: str
+    classes: tuple[tuple[str, float], ...]
+
+
+def load_trained(checkpoint: str | Path) -> Network:
+    """Return the network of a checkpoint, in evaluation mode on the CPU.
+
+    Raises:
+        InvalidInputError: The file is missing or is no checkpoint.
+    """
+    state = load_state(checkpoint)
+    net = build(**state["model"], seed=0)
+    net.load_state_dict(state["net"])
+    return net.eval()
+
+
+def export(
+    checkpoint: str | Path,
+    file: Path,
+    *,
+    train_data: Path,
+    val_data: Path,
+    transform: str = "auto",
+    batch_size: int = 64,
+    half: bool = False,
+) -> tuple[Verification, PackedModel, int]:
+    """Write the packed model of a checkpoint, after comparing it with the trained network on every validation image.
+
+    What is compared is the file itself, read back under a temporary name; it gets its own name when it passed.
+
+    Args:
+        checkpoint: Checkpoint of the trained network.
+        file: The packed file; its folder is created.
+        train_data: Dataset that the normalisation comes from.
+        val_data: Dataset whose split `val` is compared on.
+        transform: Name of the transform that the network was trained with.
+        batch_size: Images of one batch of the comparison.
+        half: Store scalars and float layers as float16.
+
+    Returns:
+        The comparison, the packed model, and the size of the file in bytes.
+
+    Raises:
+        InvalidInputError: Checkpoint or dataset cannot be read.
+        DabError: The packed network disagrees with the trained one, or the disk is full; no file was written.
+    """
+    net = load_trained(checkpoint)
+    normalization = _normalization(train_data, net.spec)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unchecked = file.with_name(f".{file.name}.unchecked")
+    try:
+        classes = load_manifest(train_data).classes
+        num_bytes = pack(net, classes=classes, normalization=normalization).save(unchecked, half=half)
+        packed = load_packed(unchecked)
+        verification = verify(net, packed, val_batches(val_data, net.spec, normalization, transform, batch_size))
+        if verification.problems:
+            problems = " ".join(verification.problems)
+            raise DabError(
+                f"export: the packed network disagrees with the trained one, nothing was written: {problems}"
+            )
+        unchecked.replace(file)
+    finally:
+        unchecked.unlink(missing_ok=True)
+    return verification, packed, num_bytes
+
+
+def evaluate_on(
+    model: Callable[[Tensor], Tensor],
+    spec: ModelSpec,
+    normalization: Normalization,
+    data: Path,
+    *,
+    transform: str = "auto",
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Return `loss`, `top1`, `top5` (percent) and `num_samples` of a network over the split `val` of a dataset.
+
+    Args:
+        model: Images to logits; a network in evaluation mode or a packed model.
+        spec: Its architecture, for the size of its images.
+        normalization: What is done to images first.
+        data: The dataset.
+        transform: Name of the transform.
+        batch_size: Images of one batch.
+        on_batch: Told the number of images that were evaluated.
+
+    Raises:
+        InvalidInputError: The dataset cannot be read, or has other classes than the network has logits.
+    """
+    num_classes = len(load_manifest(data).classes)
+    if num_classes != spec.num_classes:
+        raise InvalidInputError(
+            f"--data: {data} has {num_classes} classes, the network tells {spec.num_classes} apart. Use a dataset with "
+            "the classes that it was trained on."
+        )
+    batches = _counted(val_batches(data, spec, normalization, transform, batch_size), on_batch)
+    totals = evaluate(model, batches, World(0, 1, torch.device("cpu")))
+    return totals.metrics("") | {"num_samples": int(totals.num_samples)}
+
+
+def val_batches(
+    data: Path, spec: ModelSpec, normalization: Normalization, transform: str, batch_size: int
+) -> Iterator[Batch]:
+    """Yield the split `val` of a dataset in order, transformed as for evaluation."""
+    made = make_transform(
+        transform,
+        input_size=spec.input_size,
+        in_channels=spec.in_channels,
+        mean=normalization.mean,
+        std=normalization.std,
+        training=False,
+    )
+    with open_stream(data, "val", batch_size=batch_size, shuffle=False, transform=made) as stream:
+        yield from stream.epoch(0)
+
+
+def predict(file: Path, images: Sequence[Path]) -> list[Prediction]:
+    """Return what a packed model sees in image files.
+
+    Raises:
+        InvalidInputError: The model or an image cannot be read; the message names the file.
+    """
+    packed = load_packed(file)
+    if packed.normalization is None:
+        raise InvalidInputError(f"{file}: holds no normalisation, so images cannot be prepared. Export the run again.")
+    made = make_transform(
+        "auto",
+        input_size=packed.spec.input_size,
+        in_channels=packed.spec.in_channels,
+        mean=packed.normalization.mean,
+        std=packed.normalization.std,
+        training=False,
+    )
+    names = packed.classes or tuple(str(index) for index in range(packed.spec.num_classes))
+    return [_predict_one(packed, made, names, image) for image in images]
+
+
+def _predict_one(packed: PackedModel, made: Any, names: Sequence[str], image: Path) -> Prediction:
+    try:
+        pixels = made.sample(decode_image(image.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{image}: no readable image ({error}).") from error
+    probabilities = packed(made.batch(pixels[None])).softmax(dim=1)[0]
+    best = probabilities.topk(min(NUM_PREDICTIONS, len(names)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return Prediction(str(image), tuple((names[index], value) for index, value in pairs))
+
+
+def _normalization(data: Path, spec: ModelSpec) -> Normalization:
+    mean, std = load_manifest(data).image.normalization(spec.in_channels)
+    return Normalization(tuple(mean), tuple(std))
+
+
+def _counted(batches: Iterator[Batch], on_batch: Callable[[int], None] | None) -> Iterator[Batch]:
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += len(batch.labels)
+        if on_batch is not None:
+            on_batch(seen)

@@ -1,0 +1,297 @@
+"""What the commands about runs do and show: each function is one command and returns its JSON document and its text."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dabnn.errors import DabError, InvalidInputError
+from orchestrator import deliver, runs
+from orchestrator.cluster import Cluster, cluster_down, cluster_status, ensure_cluster
+from orchestrator.config import load_config, to_dict
+from orchestrator.demo import DemoResult, run_demo
+from orchestrator.job import Job
+from orchestrator.output import Table, View, duration_text
+from orchestrator.runs import RunStatus
+from orchestrator.submit import plan, submit
+from orchestrator.tracking import RunRecord
+from orchestrator.tracking_server import ensure_tracking, tracking_down, tracking_status
+
+Say = Callable[[str], None]
+_WAIT_LINE_S = 3.0
+_SHORT_ID = 8
+
+
+def patiently(say: Say) -> Say:
+    """Return a `say` for what is waited for, which passes on a line every few seconds at most."""
+    last = time.monotonic()
+
+    def on_wait(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _WAIT_LINE_S:
+            last = time.monotonic()
+            say(text)
+
+    return on_wait
+
+
+def tracking_uri(uri: str | None, say: Say) -> str:
+    """Return the address of the tracker: `uri`, or this machine's own server, started if it does not run."""
+    return uri or ensure_tracking(on_wait=patiently(say))
+
+
+def dry_run(config: Path | None, overrides: list[str], *, sweep: bool) -> View:
+    """Return what a submission would do; nothing is started or created."""
+    ready = plan(load_config(config, overrides), sweep=sweep)
+    data = asdict(ready) | {"config": to_dict(ready.config)}
+    lines = {
+        "run": ready.config.name,
+        "workers": f"{ready.config.cluster.num_workers} ({ready.cpus:g} CPUs)",
+        "model": ready.config.model.name,
+        "float model": f"{ready.float_bytes:,} bytes",
+        "packed model": f"{ready.packed_bytes:,} bytes",
+        "data": f"{ready.config.data.train} (manifest {ready.digest[:12]})",
+        "storage": ready.storage,
+    }
+    return data, "\n".join(f"{key}: {value}" for key, value in lines.items())
+
+
+def submit_run(config: Path | None, overrides: list[str], *, sweep: bool, detach: bool, say: Say) -> View:
+    """Submit a run or a sweep and follow it to its end unless `detach`.
+
+    Interrupted while it follows, it says that the job goes on.
+    """
+    job, cluster = submit(load_config(config, overrides), sweep=sweep, on_wait=patiently(say))
+    say(f"submitted {job.name} as run {job.run_id[:_SHORT_ID]}, recorded on {job.tracking_uri}")
+    return _follow_to_end(job, cluster, detach=detach, say=say)
+
+
+def resume_run(uri: str | None, reference: str, *, detach: bool, say: Say) -> View:
+    """Resume a stopped or failed run and follow it to its end unless `detach`."""
+    job, cluster = runs.resume(tracking_uri(uri, say), reference, patiently(say))
+    say(f"resumed {job.name} as attempt {job.attempt}")
+    return _follow_to_end(job, cluster, detach=detach, say=say)
+
+
+def list_runs(uri: str | None, *, experiment: str | None, say: Say) -> View:
+    """Return all runs, newest first, trials below their sweep."""
+    address = tracking_uri(uri, say)
+    records = runs.list_runs(address, experiment=experiment)
+    table = Table.of(
+        [_run_row(record) for record in _with_trials(records)], ["run", "name", "status", "top-1", "started"]
+    )
+    data = [asdict(record) for record in records]
+    return {"runs": data, "tracking_uri": address}, str(table) if records else "no runs yet"
+
+
+def show_status(uri: str | None, reference: str, say: Say) -> View:
+    """Return the status of one run."""
+    return _status_view(runs.status(tracking_uri(uri, say), reference))
+
+
+def stop_run(uri: str | None, reference: str, *, now: bool, grace_s: float, say: Say) -> View:
+    """Stop a run, with a checkpoint unless `now`."""
+    address = tracking_uri(uri, say)
+    return _status_view(runs.stop(address, reference, now=now, grace_s=grace_s, on_wait=patiently(say)))
+
+
+def logs(uri: str | None, reference: str, *, follow: bool, say: Say) -> Iterator[str]:
+    """Yield the log of a run as it grows."""
+    return runs.read_logs(tracking_uri(uri, say), reference, follow=follow)
+
+
+def export(uri: str | None, reference: str, file: Path, *, half: bool, say: Say) -> View:
+    """Export a run as a packed file."""
+    say("comparing the packed network with the trained one on the validation images")
+    data = deliver.export_run(tracking_uri(uri, say), reference, file, half=half)
+    return data, (
+        f"{file}: {data['file_bytes']:,} bytes, {data['ratio']:.1f}x smaller than float32\n"
+        f"same class on {100 * data['same_argmax']:.2f} % of {data['num_samples']} images, "
+        f"top-1 {data['top1_float_path']:.2f} % trained, {data['top1_packed']:.2f} % packed"
+    )
+
+
+def evaluate(uri: str | None, target: str, data: Path | None, *, on_batch: deliver.OnBatch, say: Say) -> View:
+    """Evaluate a packed file or a run.
+
+    Raises:
+        InvalidInputError: A file without `--data`.
+    """
+    file = Path(target)
+    if not file.is_file():
+        found = deliver.evaluate_run(tracking_uri(uri, say), target, data, on_batch)
+    elif data is not None:
+        found = deliver.evaluate_file(file, data, on_batch)
+    else:
+        raise InvalidInputError(f"--data: {target} is a packed model; name the dataset to evaluate it on.")
+    return found, (
+        f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f} "
+        f"on {found['num_samples']:,} images, {found['images_per_s']:,.0f} images/s"
+    )
+
+
+def predict(file: Path, images: list[Path]) -> View:
+    """Return what a packed model sees in images."""
+    seen = deliver.predict_files(file, images)
+    lines = []
+    for entry in seen:
+        classes = ", ".join(f"{best['class']} {100 * best['probability']:.1f} %" for best in entry["classes"])
+        lines.append(f"{entry['image']}: {classes}")
+    return {"predictions": seen}, "\n".join(lines)
+
+
+def start_browser(port: int | None, say: Say) -> View:
+    """Return the address of the experiment browser, started if it does not run."""
+    uri = ensure_tracking(port=port, on_wait=patiently(say))
+    return {"tracking_uri": uri}, uri
+
+
+def bring_cluster_up(num_cpus: int | None, port: int | None, dashboard_port: int | None, say: Say) -> View:
+    """Start the embedded cluster, or find it running."""
+    on_wait = patiently(say)
+    cluster = ensure_cluster(num_cpus=num_cpus, port=port, dashboard_port=dashboard_port, on_wait=on_wait)
+    data = asdict(cluster) | {"token_path": str(cluster.token_path), "session_folder": str(cluster.session_folder)}
+    return data, f"cluster: {cluster.address}\ndashboard: {cluster.dashboard_url}\nCPUs: {cluster.num_cpus}"
+
+
+def bring_cluster_down(say: Say) -> View:
+    """End the embedded cluster and this machine's tracking server; what they recorded stays."""
+    on_wait = patiently(say)
+    ended = {"cluster": cluster_down(on_wait=on_wait), "tracking": tracking_down(on_wait=on_wait)}
+    return {"stopped": ended}, "\n".join(
+        f"{name}: {'ended' if did else 'was not running'}" for name, did in ended.items()
+    )
+
+
+def show_cluster() -> View:
+    """Return whether the embedded cluster and the tracking server run."""
+    cluster, tracker = cluster_status(), tracking_status()
+    data = {
+        "cluster": {"state": cluster.state, "pids": list(cluster.pids)},
+        "tracking": {"state": tracker.state, "uri": tracker.uri, "pids": list(tracker.pids)},
+    }
+    where = cluster.cluster.dashboard_url if cluster.cluster else ""
+    return (
+        data,
+        f"cluster: {cluster.state} {where}".rstrip() + f"\ntracking: {tracker.state} {tracker.uri or ''}".rstrip(),
+    )
+
+
+def demo(say: Say) -> View:
+    """Run the demo and return its table."""
+    started = time.monotonic()
+    result = run_demo(say)
+    return asdict(result) | {"duration_s": time.monotonic() - started}, _demo_text(result, time.monotonic() - started)
+
+
+def after_demo(data: dict[str, Any]) -> list[list[str]]:
+    """Return commands to try after the demo, with its own names."""
+    return [
+        ["dab", "ui"],
+        ["dab", "runs"],
+        ["dab", "status", data["best"]],
+        ["dab", "models", "show", "bincifarfbin", "--width", "0.25"],
+        ["dab", "cluster", "down"],
+    ]
+
+
+def _follow_to_end(job: Job, cluster: Cluster, *, detach: bool, say: Say) -> View:
+    if not detach:
+        _follow(job, cluster, say)
+    current = runs.status(job.tracking_uri, job.run_id)
+    data = {
+        "run_id": job.run_id,
+        "job_id": job.job_id,
+        "status": current.status,
+        "metrics": current.metrics,
+        "tracking_uri": job.tracking_uri,
+    }
+    if current.status == "failed":
+        raise DabError(f"{current.name}: failed: {current.message} `dab logs {job.run_id[:_SHORT_ID]}` shows its log.")
+    return data, f"{job.name} ({job.run_id[:_SHORT_ID]}): {_ending(current)}"
+
+
+def _follow(job: Job, cluster: Cluster, say: Say) -> None:
+    short = job.run_id[:_SHORT_ID]
+    try:
+        for text in runs.follow_job(cluster, job.job_id):
+            for line in text.splitlines():
+                say(line)
+    except KeyboardInterrupt:
+        say(f"run {short} goes on: `dab logs {short} --follow` follows it again, `dab stop {short}` ends it")
+        raise
+
+
+def _ending(current: RunStatus) -> str:
+    top1 = current.metrics.get("val_top1")
+    return current.status + ("" if top1 is None else f", val top-1 {top1:.2f} %")
+
+
+def _status_view(current: RunStatus) -> View:
+    progress = current.progress
+    lines: dict[str, Any] = {
+        "run": f"{current.name} ({current.run_id})",
+        "status": current.status,
+        "message": current.message,
+        "attempts": current.attempts,
+        "epoch": f"{current.epoch}/{progress['epochs']}" if progress else "",
+        "step": current.step,
+        "rate": f"{progress['images_per_s']:.0f} images/s" if progress else "",
+        "left": duration_text(progress["eta_s"]) if progress and current.status == "running" else "",
+        "metrics": ", ".join(f"{key} {value:.4g}" for key, value in current.metrics.items()),
+        "checkpoints": ", ".join(Path(checkpoint["path"]).name for checkpoint in current.checkpoints),
+        "folder": current.folder,
+    }
+    return asdict(current), "\n".join(f"{key}: {value}" for key, value in lines.items() if value not in ("", None))
+
+
+def _with_trials(records: list[RunRecord]) -> list[RunRecord]:
+    """Return the runs with the trials of each sweep right below it, oldest trial first."""
+    known = {record.run_id for record in records}
+    ordered = []
+    for record in records:
+        if record.parent not in known:
+            ordered.append(record)
+            ordered += [trial for trial in reversed(records) if trial.parent == record.run_id]
+    return ordered
+
+
+def _run_row(record: RunRecord) -> dict[str, Any]:
+    top1 = record.metrics.get("val_top1")
+    return {
+        "run": record.run_id[:_SHORT_ID],
+        "name": ("  " if record.parent else "") + record.name,
+        "status": record.status,
+        "top-1": "" if top1 is None else f"{top1:.2f}",
+        "started": time.strftime("%Y-%m-%d %H:%M", time.localtime(record.start_time)),
+    }
+
+
+def _demo_text(result: DemoResult, duration_s: float) -> str:
+    rows = [
+        {
+            "trial": row.trial,
+            "binary layers": row.layers,
+            "schedule": row.schedule,
+            "top-1": f"{row.top1:.2f}",
+            "packed bytes": row.packed_bytes,
+        }
+        for row in result.rows
+    ]
+    export = result.export
+    checked = (
+        f"checked: same class on {100 * export['same_argmax']:.2f} % of {export['num_samples']} held-out digits, "
+        f"top-1 {export['top1_float_path']:.2f} % trained and {export['top1_packed']:.2f} % packed"
+    )
+    lines = [
+        str(Table.of(rows, ["trial", "binary layers", "schedule", "top-1", "packed bytes"])),
+        "",
+        f"exported: {result.best}, {export['file_bytes']:,} bytes, {export['ratio']:.1f}x smaller than float32",
+        checked,
+        f"evaluated from the file: top-1 {result.evaluation['top1']:.2f} %",
+        f"file: {result.file}",
+        f"experiments: {result.tracking_uri}",
+        f"took: {duration_text(duration_s)}",
+    ]
+    return "\n".join(lines)

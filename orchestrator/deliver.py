@@ -1,0 +1,121 @@
+"""Export, evaluation and prediction of runs and packed files, recorded with the run they come from."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dabnn import deliver
+from dabnn.checkpoints import best_checkpoint
+from dabnn.data import load_manifest
+from dabnn.errors import InvalidInputError
+from dabnn.packed import Normalization, load_packed
+from orchestrator import tracking
+from orchestrator.job import Job
+from orchestrator.runs import folder_of
+from orchestrator.tracking import RunRecord
+
+OnBatch = Callable[[int, int], None]
+
+
+def export_run(uri: str, reference: str, file: Path, *, half: bool = False) -> dict[str, Any]:
+    """Export the best checkpoint of a run, or of the best trial of a sweep, as a packed file; record the file.
+
+    Returns:
+        The keys that `dab export --json` prints.
+
+    Raises:
+        InvalidInputError: The run has no checkpoint yet.
+        DabError: The packed network disagrees with the trained one; no file was written.
+    """
+    record = best_run(uri, reference)
+    data = Job.load(folder_of(record).root).parsed_config().data
+    checkpoint = best_checkpoint(folder_of(record).checkpoints)
+    verification, packed, file_bytes = deliver.export(
+        checkpoint.path,
+        file,
+        train_data=Path(data.train),
+        val_data=Path(data.val or data.train),
+        transform=data.transform,
+        batch_size=data.eval_batch_size,
+        half=half,
+    )
+    result = asdict(verification) | {
+        "file": str(file),
+        "run_id": record.run_id,
+        "checkpoint_step": checkpoint.step,
+        "file_bytes": file_bytes,
+        "float_bytes": packed.float_bytes,
+        "ratio": packed.float_bytes / file_bytes,
+    }
+    tracking.log_file(uri, record.run_id, file, "packed")
+    tracking.log_json(uri, record.run_id, "packed/verification.json", result)
+    return result
+
+
+def evaluate_file(file: Path, data: Path, on_batch: OnBatch | None = None) -> dict[str, Any]:
+    """Evaluate a packed file on the split `val` of a dataset; return the keys that `dab evaluate --json` prints.
+
+    Raises:
+        InvalidInputError: The file or the dataset cannot be read, or they have different classes.
+    """
+    packed = load_packed(file)
+    if packed.normalization is None:
+        raise InvalidInputError(f"{file}: holds no normalisation, so images cannot be prepared. Export the run again.")
+    return _evaluate(packed, packed.spec, packed.normalization, data, "auto", on_batch)
+
+
+def evaluate_run(uri: str, reference: str, data: Path | None, on_batch: OnBatch | None = None) -> dict[str, Any]:
+    """Evaluate the best checkpoint of a run on `data`, or on its own validation data.
+
+    Raises:
+        InvalidInputError: The run has no checkpoint yet, or the dataset cannot be used.
+    """
+    record = best_run(uri, reference)
+    config = Job.load(folder_of(record).root).parsed_config()
+    net = deliver.load_trained(best_checkpoint(folder_of(record).checkpoints).path)
+    mean, std = load_manifest(Path(config.data.train)).image.normalization(net.spec.in_channels)
+    place = data or Path(config.data.val or config.data.train)
+    return _evaluate(net, net.spec, Normalization(tuple(mean), tuple(std)), place, config.data.transform, on_batch)
+
+
+def predict_files(file: Path, images: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return, for each image, its path and the most probable classes with probabilities."""
+    return [
+        {"image": seen.image, "classes": [{"class": name, "probability": value} for name, value in seen.classes]}
+        for seen in deliver.predict(file, images)
+    ]
+
+
+def best_run(uri: str, reference: str) -> RunRecord:
+    """Return the run that `reference` names; for a sweep, the run of its best trial.
+
+    Raises:
+        InvalidInputError: There is no such run, or the sweep has no best trial yet.
+    """
+    record = tracking.find_run(uri, reference)
+    if record.tags.get("dab.kind") != "sweep":
+        return record
+    best = record.tags.get("dab.best_run")
+    if best is None:
+        raise InvalidInputError(
+            f"{record.name}: this sweep has no best trial yet. Wait for it to end, or name a trial."
+        )
+    return tracking.find_run(uri, best)
+
+
+def _evaluate(
+    model: Any, spec: Any, normalization: Normalization, data: Path, transform: str, on_batch: OnBatch | None
+) -> dict[str, Any]:
+    total = load_manifest(data).split("val").num_samples
+    started = time.monotonic()
+    metrics = deliver.evaluate_on(
+        model,
+        spec,
+        normalization,
+        data,
+        transform=transform,
+        on_batch=None if on_batch is None else lambda done: on_batch(done, total),
+    )
+    return metrics | {"images_per_s": metrics["num_samples"] / (time.monotonic() - started)}
