@@ -4,6 +4,7 @@ Ray launches, supervises and restarts; the loop, its checkpoints and its record 
 is called once an epoch only, because each call waits for the controller's next poll.
 """
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
 
     from dabnn.distributed import World
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # else each report is a line of the job's log
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(max(1, int(settings["threads"])))
     spec = TrainSpec.from_dict(settings["spec"])

@@ -31,8 +31,9 @@ def main() -> int:
     """Run the sweep described in the environment; return 0 when it finished or was stopped, 1 when it failed."""
     job = Job.from_environment()
     config = job.parsed_config()
-    logging.getLogger("ray.tune").setLevel(logging.WARNING)
-    ray.init(log_to_driver=True)
+    ray.init(logging_level=logging.WARNING)
+    # Tune's own result files are off: the run folders hold the metrics.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     record_start(job)
     try:
         result = _search(job, config)

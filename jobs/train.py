@@ -5,6 +5,7 @@ MLflow may be away for a while: the run's folder is the durable record, and what
 attempt.
 """
 
+import logging
 import sys
 import threading
 import time
@@ -31,7 +32,7 @@ def main() -> int:
     job = Job.from_environment()
     config = job.parsed_config()
     folder = job.run_folder
-    ray.init(log_to_driver=True)
+    ray.init(logging_level=logging.WARNING)
     record_start(job)
     say(f"run {job.name} ({job.run_id}), attempt {job.attempt}: {config.cluster.num_workers} workers")
     with following(job), printing_progress(folder):

@@ -162,7 +162,7 @@ class TrialRecorder(tune.Callback):
         record_end(child, result)
         epochs = child.run_folder.metrics()
         shown = f", val top-1 {epochs[-1]['metrics']['val_top1']:.2f} % after {len(epochs)} epochs" if epochs else ""
-        say(f"trial {child.name}: {result['status']}{shown}")
+        say(f"trial {child.name}: {result['message'] or result['status']}{shown}")
 
 
 def describe_point(values: dict[str, Any]) -> str:

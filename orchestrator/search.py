@@ -6,7 +6,7 @@ That is: who proposes points, who stops trials early, and what a point is.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dabnn.errors import InvalidInputError
@@ -18,24 +18,32 @@ START, END = "binarize.bin_start", "binarize.bin_end"
 MIN_EPOCHS_BEFORE_STOP = 3  # binary networks improve late: no trial is judged earlier, nor in its first quarter
 
 
-def suggest(space: dict[str, Domain]) -> Callable[[Any], None]:
-    """Return a function that draws one point of `space` from an Optuna trial (define-by-run)."""
+@dataclass(frozen=True)
+class DrawPoint:
+    """Draws one point of a space from an Optuna trial (define-by-run); Tune pickles it, so it is no closure.
 
-    def draw(trial: Any) -> None:
-        start: int | None = None
-        for key in _start_first(space):
-            domain = space[key]
-            if domain.kind == "int":
-                low, high = _ends(domain, int)
-                low = max(low, start) if key == END and start is not None else low
-                value: Any = trial.suggest_int(key, low, max(low, high))
-            elif domain.kind == "choice":
-                value = trial.suggest_categorical(key, list(domain.values))
-            else:
-                value = trial.suggest_float(key, *_ends(domain, float), log=domain.kind == "log")
-            start = value if key == START else start
+    Attributes:
+        space: Dotted configuration key -> what it may be.
+    """
 
-    return draw
+    space: dict[str, Domain]
+
+    def __call__(self, trial: Any) -> None:
+        """Draw the point; Optuna's trial remembers it."""
+        start = self._draw(trial, START, None) if START in self.space else None
+        for key in self.space:
+            if key != START:
+                self._draw(trial, key, start if key == END else None)
+
+    def _draw(self, trial: Any, key: str, least: int | None) -> Any:
+        domain = self.space[key]
+        if domain.kind == "choice":
+            return trial.suggest_categorical(key, list(domain.values))
+        if domain.kind == "int":
+            low, high = _ends(domain, int)
+            low = low if least is None else max(low, least)
+            return trial.suggest_int(key, low, max(low, high))
+        return trial.suggest_float(key, *_ends(domain, float), log=domain.kind == "log")
 
 
 def grid_points(space: dict[str, Domain]) -> list[dict[str, Any]]:
@@ -78,12 +86,15 @@ def make_searcher(search: Search, seed: int) -> tuple[Any, dict[str, Any], int]:
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     if search.algorithm == "tpe":
         sampler: Any = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(3, min(10, search.num_trials // 3)))
     else:
         sampler = optuna.samplers.RandomSampler(seed=seed)
     objective = search.objectives[0]
-    searcher = OptunaSearch(space=suggest(search.space), metric=objective.metric, mode=objective.mode, sampler=sampler)
+    searcher = OptunaSearch(
+        space=DrawPoint(search.space), metric=objective.metric, mode=objective.mode, sampler=sampler
+    )
     return searcher, {}, search.num_trials
 
 
@@ -108,8 +119,3 @@ def make_scheduler(search: Search, epochs: int) -> Any:
 def _ends(domain: Domain, kind: type[_Number]) -> tuple[_Number, _Number]:
     low, high = domain.values
     return kind(low), kind(high)  # type: ignore[arg-type] # a range holds two numbers; the configuration checked it
-
-
-def _start_first(space: dict[str, Domain]) -> Iterator[str]:
-    yield from (key for key in space if key == START)
-    yield from (key for key in space if key != START)

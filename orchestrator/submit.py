@@ -1,5 +1,6 @@
 """Submit a run or a sweep: check what can be checked here, create the MLflow run, hand the job to the cluster."""
 
+import logging
 import math
 import shlex
 import sys
@@ -118,12 +119,17 @@ def submit_job(job: Job, cluster: Cluster) -> None:
     variables = client_env(cluster) | {
         VARIABLE: job.to_json(),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "RAY_AIR_NEW_OUTPUT": "0",  # the other form prints its tables whatever the verbosity
+        "RAY_COLOR_PREFIX": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     }
-    job_client(cluster).submit_job(
+    client = job_client(cluster)
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    client.submit_job(
         entrypoint=f"exec {shlex.quote(sys.executable)} -m {program}",
         submission_id=job.job_id,
         runtime_env={"working_dir": str(snapshot()), "env_vars": variables},
