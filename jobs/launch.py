@@ -99,10 +99,12 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     """Run the loop on one rank; Ray calls this on every worker."""
     import torch
     from ray.train.torch import get_device
+    from ray.train.v2._internal.execution import context as execution_context
 
     from dabnn.distributed import World
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # else each report is a line of the job's log
+    # Ray names this logger after its file; at its own level each report would be a long line of the job's log.
+    logging.getLogger(execution_context.__file__).setLevel(logging.WARNING)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(max(1, int(settings["threads"])))
     spec = TrainSpec.from_dict(settings["spec"])
