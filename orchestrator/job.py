@@ -56,8 +56,8 @@ class Job:
         return Config.model_validate_json(json.dumps(self.config))
 
     def to_json(self) -> str:
-        """Return the text that `from_environment` reads."""
-        return json.dumps(asdict(self))
+        """Return the text that `from_environment` reads; Ray replaces `$NAME` in variables, so it holds no dollar."""
+        return json.dumps(asdict(self)).replace("$", "\\u0024")
 
     def save(self) -> None:
         """Write `job.json` into the run's folder."""
