@@ -16,6 +16,8 @@ ROOMS := kernels dabnn orchestrator jobs cli.py
 # Benchmarks write one JSON file each into the folder that they find under this name.
 OUT ?= benchmarks/results/
 export OUT
+# Compiled bytecode halves the time that every process spends importing torch.
+unexport PYTHONDONTWRITEBYTECODE
 # By name, since a CUDA machine need not have what the other tests import.
 GPU_TESTS = $(shell grep -rlE --include='*.py' 'mark\.gpu' tests/kernels tests/dabnn)
 

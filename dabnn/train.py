@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from dabnn.checkpoints import CheckpointWriter, load_state, newest_intact
+from dabnn.checkpoints import Checkpoint, CheckpointWriter, load_state, newest_intact
 from dabnn.data import Batch, Stream, load_manifest, open_stream
 from dabnn.data.transforms import make_transform
 from dabnn.distributed import World, deterministic, seed_step, share_buffers, wrap
@@ -120,16 +120,14 @@ def train(spec: TrainSpec, folder: RunFolder, *, world: World, observer: Observe
         observer: Told about each finished epoch.
 
     Returns:
-        How it ended, equal on all ranks. A damaged sample, a full disk or a loss that is not finite is a result with
-        status "failed", not an exception, because a restart would meet it again.
-
-    Raises:
-        InvalidInputError: The specification does not fit the data, the model or the checkpoint.
+        How it ended, equal on all ranks. A specification that does not fit data, model or checkpoint, a damaged sample,
+        a full disk or a loss that is not finite is a result with status "failed", not an exception, because a restart
+        would meet it again.
     """
     with deterministic():
         loop = _Loop(spec, folder, world, observer or Silent())
         try:
-            result = loop.run()
+            result = loop.prepare() or loop.run()
         finally:
             loop.close()
     if world.is_main:
@@ -142,21 +140,45 @@ class _Loop:
 
     def __init__(self, spec: TrainSpec, folder: RunFolder, world: World, observer: Observer) -> None:
         self.spec, self.folder, self.world, self.observer = spec, folder, world, observer
-        self.net = build(**spec.model, seed=spec.seed).to(world.device)
-        model: ModelSpec = self.net.spec
-        self.train_stream = _open(spec, model, "train", world)
-        self.val_stream = _open(spec, model, "val", world)
-        self.data_digest = load_manifest(Path(spec.data.train)).digest
-        self.optimizer = make_optimizer(self.net, spec.optim)
+        self.streams: list[Stream] = []
         self.writer = CheckpointWriter(folder.checkpoints, spec.checkpoint)
         self.position, self.totals, self.metrics = Position(), Totals(), dict[str, float]()
-        self._restore()
-        self.model = wrap(self.net, world, (model.in_channels, model.input_size, model.input_size))
         self._started, self._seen, self._progress_time = 0.0, 0, 0.0
         self._error: DabError | None = None
         self._last_loss = 0.0
-        if world.is_main:
-            folder.begin_attempt(self.position.step, world.size)
+
+    def prepare(self) -> TrainResult | None:
+        """Build everything and restore the newest checkpoint; return a failed result when a rank cannot."""
+        found = newest_intact(self.folder.checkpoints) if self.world.is_main else None
+        found = self.world.share(found)
+        try:
+            self._build()
+            self._restore(found)
+        except DabError as error:  # not raised here: the other ranks would wait for this one
+            self._error = error
+        reasons = [f"rank {rank}: {reason}" for rank, reason in enumerate(self.world.gather(self._reason())) if reason]
+        if reasons:
+            return TrainResult("failed", reasons[0], self.position.epoch, self.position.step, {}, "")
+        spec = self.net.spec
+        self.model = wrap(self.net, self.world, (spec.in_channels, spec.input_size, spec.input_size))
+        if self.world.is_main:
+            self.folder.begin_attempt(self.position.step, self.world.size)
+        return None
+
+    def _build(self) -> None:
+        self.net = build(**self.spec.model, seed=self.spec.seed).to(self.world.device)
+        self.optimizer = make_optimizer(self.net, self.spec.optim)
+        self.train_stream = self._open("train")
+        self.val_stream = self._open("val")
+        self.data_digest = load_manifest(Path(self.spec.data.train)).digest
+
+    def _open(self, split: str) -> Stream:
+        stream = _open(self.spec, self.net.spec, split, self.world)
+        self.streams.append(stream)
+        return stream
+
+    def _reason(self) -> str:
+        return "" if self._error is None else str(self._error)
 
     def run(self) -> TrainResult:
         """Train until the last epoch, a stop or a failure."""
@@ -174,9 +196,9 @@ class _Loop:
         return self._result("finished", "")
 
     def close(self) -> None:
-        """Wait for the checkpoint being written and end the loader processes."""
-        self.train_stream.close()
-        self.val_stream.close()
+        """End the loader processes."""
+        for stream in self.streams:
+            stream.close()
 
     def _train_epoch(self) -> tuple[Verdict, str]:
         self.model.train()
@@ -244,7 +266,8 @@ class _Loop:
     def _validate(self) -> dict[str, float]:
         share_buffers(self.net, self.world)
         self.net.eval()
-        metrics = evaluate(self.net, self.val_stream.epoch(0), self.world).metrics("val_")
+        # Another epoch each time, although the order is the same: so the loaders' read-ahead is used.
+        metrics = evaluate(self.net, self.val_stream.epoch(self.position.epoch), self.world).metrics("val_")
         self.net.train()
         return metrics
 
@@ -273,9 +296,7 @@ class _Loop:
         except DabError as error:
             self._error = error
 
-    def _restore(self) -> None:
-        found = newest_intact(self.folder.checkpoints) if self.world.is_main else None
-        found = self.world.share(found)
+    def _restore(self, found: Checkpoint | None) -> None:
         if found is None:
             if self.spec.init_from:
                 self.net.load_state_dict(load_state(self.spec.init_from)["net"])
@@ -318,7 +339,7 @@ class _Loop:
         self.folder.write_progress(progress)
 
     def _explain(self, decision: Verdict, reason: str) -> str:
-        own = f"rank {self.world.rank}: {self._error}" if self._error else ""
+        own = f"rank {self.world.rank}: {self._reason()}" if self._error else ""
         if decision is Verdict.NOT_FINITE and not math.isfinite(self._last_loss):
             own = f"rank {self.world.rank}: loss {self._last_loss}"
         details = "; ".join(detail for detail in self.world.gather(own) if detail)

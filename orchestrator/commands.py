@@ -62,7 +62,9 @@ def submit_run(config: Path | None, overrides: list[str], *, sweep: bool, detach
 
     Interrupted while it follows, it says that the job goes on.
     """
-    job, cluster = submit(load_config(config, overrides), sweep=sweep, on_wait=patiently(say))
+    wanted = load_config(config, overrides)
+    say("checking data, model and configuration")
+    job, cluster = submit(wanted, sweep=sweep, on_wait=patiently(say))
     say(f"submitted {job.name} as run {job.run_id[:_SHORT_ID]}, recorded on {job.tracking_uri}")
     return _follow_to_end(job, cluster, detach=detach, say=say)
 
@@ -208,7 +210,9 @@ def _follow_to_end(job: Job, cluster: Cluster, *, detach: bool, say: Say) -> Vie
         "tracking_uri": job.tracking_uri,
     }
     if current.status == "failed":
-        raise DabError(f"{current.name}: failed: {current.message} `dab logs {job.run_id[:_SHORT_ID]}` shows its log.")
+        raise DabError(
+            f"{current.name}: failed: {current.message.rstrip('.')}. `dab logs {job.run_id[:_SHORT_ID]}` shows its log."
+        )
     return data, f"{job.name} ({job.run_id[:_SHORT_ID]}): {_ending(current)}"
 
 

@@ -1,11 +1,13 @@
 import json
 import math
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from training import kill_in_mid_epoch, small_spec, torchrun
+from training import kill_in_mid_epoch, small_spec, start_torchrun, torchrun
 
 from dabnn.checkpoints import best_checkpoint, list_checkpoints, load_state
 from dabnn.distributed import World
@@ -44,8 +46,10 @@ def test_another_seed_gives_other_weights(digits: Path, tmp_path: Path) -> None:
 
 
 def test_training_learns_the_digits(digits: Path, tmp_path: Path) -> None:
-    result = run(small_spec(digits, epochs=3), tmp_path)
-    assert result.metrics["val_top1"] > 60  # chance is 10; three epochs of a very narrow binary network
+    spec = small_spec(digits, epochs=3)
+    wide = replace(spec, model=spec.model | {"name": "bincifar", "width": 0.125, "bin_start": 2, "bin_end": 7})
+    result = run(wide, tmp_path)
+    assert result.metrics["val_top1"] > 60  # chance is 10
     lines = RunFolder(tmp_path).metrics()
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[-1]["metrics"]["train_loss"] < lines[0]["metrics"]["train_loss"]
@@ -95,9 +99,11 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_names_the_place(digits: Pat
 
 
 def test_resuming_with_other_data_is_refused(digits: Path, small_digits: Path, tmp_path: Path) -> None:
-    run(small_spec(digits, epochs=1), tmp_path)
-    with pytest.raises(InvalidInputError, match=r"data\.train: .* other samples"):
-        run(small_spec(small_digits, epochs=2), tmp_path)
+    first = run(small_spec(digits, epochs=1), tmp_path)
+    result = run(small_spec(small_digits, epochs=2), tmp_path)
+    assert result.status == "failed"
+    assert re.match(r"rank 0: data\.train: .* has other samples", result.message)
+    assert list_checkpoints(RunFolder(tmp_path).checkpoints)[-1].step == first.step
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(digits: Path, tmp_path: Path) -> None:
@@ -122,6 +128,34 @@ def test_init_from_starts_with_the_weights_of_another_run(digits: Path, tmp_path
     before = load_state(source.path)["net"]["conv2.weight"]
     after = load_state(best_checkpoint(RunFolder(tmp_path / "b").checkpoints).path)["net"]["conv2.weight"]
     assert torch.equal(before, after)
+
+
+def damage_one_image(digits: Path, target: Path) -> str:
+    """Copy the dataset and overwrite the pixels of one training image; return the name of its shard."""
+    shutil.copytree(digits, target)
+    shard = sorted(target.glob("train-*.tar"))[0]
+    content = bytearray(shard.read_bytes())
+    start = content.index(b"IDAT")
+    content[start : start + 40] = bytes(40)
+    shard.write_bytes(content)
+    return shard.name
+
+
+def test_a_sample_that_does_not_decode_fails_the_run_and_names_its_shard(digits: Path, tmp_path: Path) -> None:
+    name = damage_one_image(digits, tmp_path / "data")
+    result = run(small_spec(tmp_path / "data"), tmp_path / "run")
+    assert result.status == "failed"
+    assert name in result.message
+    assert "does not decode" in result.message
+
+
+def test_one_rank_with_a_damaged_sample_ends_all_ranks(digits: Path, tmp_path: Path) -> None:
+    name = damage_one_image(digits, tmp_path / "data")
+    process = start_torchrun(small_spec(tmp_path / "data", num_workers=2), tmp_path / "run", 2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert name in output
+    assert RunFolder(tmp_path / "run").result()["status"] == "failed"
 
 
 @pytest.mark.parametrize(
