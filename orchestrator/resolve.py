@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from dabnn.data import Manifest, load_manifest
+from dabnn.data.reader import verify_sizes
 from dabnn.errors import InvalidInputError
 from dabnn.models import ModelTable, build, describe
 from dabnn.schedules import Schedule
@@ -21,7 +22,8 @@ def resolve(config: Config) -> Config:
     """Return `config` with the number of classes filled in from the data set, checked against data and model.
 
     Raises:
-        InvalidInputError: A data set is missing, classes differ, the model or its layer range does not exist.
+        InvalidInputError: A data set or a shard is missing or truncated, classes differ, the model or its layer range
+            does not exist.
     """
     train, val = (load_manifest(Path(path)) for path in (config.data.train, config.data.val or config.data.train))
     if train.classes != val.classes:
@@ -34,6 +36,8 @@ def resolve(config: Config) -> Config:
             raise InvalidInputError(
                 f"data.{split}: the data set has no split {split!r}, only {', '.join(manifest.splits)}."
             )
+        place = config.data.train if split == "train" else config.data.val or config.data.train
+        verify_sizes(Path(place), manifest.split(split))
     num_classes = len(train.classes)
     if config.model.num_classes not in (None, num_classes):
         raise InvalidInputError(

@@ -145,18 +145,23 @@ def stop(
     """Stop a run after a checkpoint, or with `now` at once; return its status.
 
     A run that has not ended `grace_s` seconds after being asked is stopped through the Jobs API without a checkpoint.
+    A trial is only ever asked, because its job is that of its sweep.
 
     Raises:
         InvalidInputError: The run has ended already.
+        DabError: A trial did not end.
     """
     current = status(uri, reference)
     if current.status in ENDED:
         raise InvalidInputError(f"{current.name}: already {current.status}; there is nothing to stop.")
-    if not now and current.status == "running":
+    is_trial = current.kind == "trial"
+    if is_trial or (not now and current.status == "running"):
         for folder in _stoppable(current):
             folder.request_stop()
         if _ends_within(uri, current.run_id, grace_s, on_wait):
             return status(uri, current.run_id)
+    if is_trial:
+        raise DabError(f"{current.name}: did not end within {grace_s:.0f} s; `dab stop` of its sweep ends all trials.")
     _stop_job(tracking.find_run(uri, current.run_id))
     tracking.set_tags(uri, current.run_id, {"dab.message": "stopped without a last checkpoint"})
     tracking.set_status(uri, current.run_id, "stopped")
@@ -174,6 +179,10 @@ def resume(uri: str, reference: str, on_wait: Callable[[str], None] | None = Non
         advice = "It has nothing left to do." if current.status == "finished" else "Stop it first: `dab stop`."
         raise InvalidInputError(
             f"{current.name}: is {current.status}; only a stopped or failed run can be resumed. {advice}"
+        )
+    if current.kind == "sweep":
+        raise InvalidInputError(
+            f"{current.name}: is a sweep, which cannot be resumed. Resume a trial of it, or submit the sweep again."
         )
     folder = RunFolder(Path(current.folder))
     job = Job.load(folder.root).next_attempt()

@@ -19,7 +19,6 @@ from orchestrator.job import VARIABLE, Job
 from orchestrator.package import snapshot
 from orchestrator.provenance import provenance
 from orchestrator.resolve import check_room, manifest_of, model_table, resolve
-from orchestrator.search import trial_config
 from orchestrator.tracking_server import ensure_tracking
 
 STOP_GRACE_S = 60
@@ -105,7 +104,13 @@ def ensure_services(uri: str | None, on_wait: Callable[[str], None] | None = Non
     Args:
         uri: Tracking server of the user's, or None for ours.
         on_wait: Told what is being waited for.
+
+    Raises:
+        InvalidInputError: `uri` is not the address of a server; nothing was started.
+        DabError: The user's tracker does not answer (nothing was started), or cluster or tracker do not start.
     """
+    if uri:
+        tracking.check_tracking(uri)
     with ThreadPoolExecutor(2) as pool:
         cluster = pool.submit(ensure_cluster, on_wait=on_wait)
         own = None if uri else pool.submit(ensure_tracking, on_wait=on_wait)
@@ -140,7 +145,7 @@ def submit_job(job: Job, cluster: Cluster) -> None:
 
 def _create_run(ready: Plan, uri: str, kind: str) -> Job:
     config = ready.config
-    shown = config if kind == "sweep" else trial_config(config) if config.search else config
+    shown = config if kind == "sweep" else config.model_copy(update={"search": None})
     tags = provenance() | {
         "dab.kind": kind,
         "dab.data_digest": ready.digest,

@@ -1,0 +1,94 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dabnn.errors import InvalidInputError
+from dabnn.models import build
+from orchestrator.config import Config, load_config
+from orchestrator.resolve import check_room, manifest_of, model_table, resolve, train_spec
+
+SMALL = ["name=run", "model={name: bincifarfbin, width: 0.0625, input_size: 16, in_channels: 1}"]
+
+
+def config(data: Path, *overrides: str) -> Config:
+    return load_config(None, [*SMALL, f"data.train={data}", *overrides])
+
+
+def refusal(data: Path, *overrides: str) -> str:
+    with pytest.raises(InvalidInputError) as caught:
+        resolve(config(data, *overrides))
+    return str(caught.value)
+
+
+def test_the_number_of_classes_is_that_of_the_data(digits: Path) -> None:
+    assert resolve(config(digits)).model.num_classes == 10
+
+
+def test_the_specification_of_the_loop_says_what_the_configuration_says(digits: Path) -> None:
+    resolved = resolve(
+        config(digits, "binarize.bin_end=5", "train.epochs=7", "optim.max_lr=0.01", "cluster.num_workers=4")
+    )
+    spec = train_spec(resolved)
+    net = build(**spec.model, seed=1)
+    assert (net.spec.bin_end, net.spec.num_classes) == (5, 10)
+    assert (spec.epochs, spec.schedule.epochs, spec.schedule.max_lr, spec.num_workers) == (7, 7, 0.01, 4)
+    assert spec.data.val == str(digits)
+
+
+def test_the_table_and_the_manifest_are_those_of_what_will_run(digits: Path) -> None:
+    resolved = resolve(config(digits))
+    assert [row.index for row in model_table(resolved).layers if row.binary_weights] == list(range(2, 8))
+    assert manifest_of(resolved).split("val").num_samples == 359
+
+
+def test_a_layer_beyond_the_model_is_refused(digits: Path) -> None:
+    assert refusal(digits, "binarize.bin_end=99").startswith("binarize.bin_end: 99")
+
+
+def test_an_unknown_model_is_refused_and_the_nearest_named(digits: Path) -> None:
+    message = refusal(digits, "model.name=bincifarfbim")
+    assert message.startswith("model.name: ")
+    assert "bincifarfbin" in message
+
+
+def test_another_number_of_classes_than_the_data_has_is_refused(digits: Path) -> None:
+    message = refusal(digits, "model.num_classes=7")
+    assert message.startswith(f"model.num_classes: 7, but {digits} has 10 classes.")
+
+
+def test_a_missing_dataset_is_refused(digits: Path, tmp_path: Path) -> None:
+    assert str(tmp_path / "none") in refusal(tmp_path / "none")
+    assert str(tmp_path / "none") in refusal(digits, f"data.val={tmp_path / 'none'}")
+
+
+def test_a_truncated_shard_is_refused_by_its_name(digits: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(digits, broken)
+    shard = min(broken.rglob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-2048])
+    assert refusal(broken).startswith(f"{shard}: ")
+    shard.unlink()
+    assert refusal(broken).startswith(f"{shard}: missing")
+
+
+def test_validation_data_of_other_classes_is_refused(digits: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(digits, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["classes"][0] = "nought"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert refusal(digits, f"data.val={other}").startswith(
+        f"data.val: {other} has 10 classes, data.train 10, or others."
+    )
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused_with_both_sizes(digits: Path, tmp_path: Path) -> None:
+    kept = config(digits, f"train.checkpoint.keep_last={10**9}")
+    with pytest.raises(
+        InvalidInputError, match=r"^storage: no room on disk: checkpoints need up to \d+ MB in .* MB are free"
+    ):
+        check_room(resolve(kept), tmp_path / "not" / "yet")
+    check_room(resolve(config(digits)), tmp_path / "not" / "yet")
+    assert list(tmp_path.iterdir()) == []
