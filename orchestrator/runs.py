@@ -21,6 +21,7 @@ from orchestrator.tracking import RunRecord, Status
 ENDED = ("finished", "failed", "stopped")
 _ENDED_JOBS = ("SUCCEEDED", "FAILED", "STOPPED")
 _LIVING_JOBS = ("PENDING", "RUNNING")
+_SEND_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ def list_runs(uri: str, *, experiment: str | None = None) -> list[RunRecord]:
 
 
 def status(uri: str, reference: str) -> RunStatus:
-    """Return the status of a run given by id, unique prefix or name; a run lost without a word is marked as failed.
+    """Return the status of a run given by id, unique prefix or name.
+
+    The tracker is told what it missed: a run lost without a word is marked as failed there.
 
     Raises:
         InvalidInputError: No run, or several, match.
@@ -104,8 +107,7 @@ def status(uri: str, reference: str) -> RunStatus:
     state, reason = decide_status(record.status, _job_status(record), result.get("status"))
     reason = reason or result.get("message", "")
     if state != record.status:
-        tracking.set_tags(uri, record.run_id, {"dab.message": reason})
-        tracking.set_status(uri, record.run_id, state)
+        _record_late(uri, record.run_id, folder, state, reason)
     progress = folder.progress()
     lines = folder.metrics()
     metrics = lines[-1]["metrics"] if lines else record.metrics
@@ -125,6 +127,18 @@ def status(uri: str, reference: str) -> RunStatus:
         weights_sha256=result.get("weights_sha256", ""),
         tracking_uri=uri,
     )
+
+
+def _record_late(uri: str, run_id: str, folder: RunFolder, state: Status, reason: str) -> None:
+    """Tell the tracker how a run ended that could not tell it itself, and send the metrics that it missed."""
+    follower = tracking.MetricFollower(uri)
+    follower.follow(folder.metrics_file, run_id)
+    follower.close(timeout_s=_SEND_TIMEOUT_S)
+    checkpoints = [asdict(checkpoint) for checkpoint in list_checkpoints(folder.checkpoints)]
+    tracking.log_json(uri, run_id, "checkpoints.json", checkpoints)
+    tags = {"dab.message": reason, "dab.weights_sha256": folder.result().get("weights_sha256", "")}
+    tracking.set_tags(uri, run_id, tags)
+    tracking.set_status(uri, run_id, state)
 
 
 def folder_of(record: RunRecord) -> RunFolder:
