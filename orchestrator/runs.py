@@ -118,8 +118,8 @@ def status(uri: str, reference: str) -> RunStatus:
         status=state,
         message=reason or record.tags.get("dab.message", ""),
         attempts=len(folder.attempts()),
-        epoch=progress.get("epoch", 0),
-        step=progress.get("step", 0),
+        epoch=result.get("epoch", progress.get("epoch", 0)),
+        step=result.get("step", progress.get("step", 0)),
         metrics=metrics,
         checkpoints=[asdict(checkpoint) for checkpoint in list_checkpoints(folder.checkpoints)],
         progress=progress,
@@ -176,7 +176,7 @@ def stop(
             return status(uri, current.run_id)
     if is_trial:
         raise DabError(f"{current.name}: did not end within {grace_s:.0f} s; `dab stop` of its sweep ends all trials.")
-    _stop_job(tracking.find_run(uri, current.run_id))
+    _stop_job(tracking.find_run(uri, current.run_id), on_wait)
     tracking.set_tags(uri, current.run_id, {"dab.message": "stopped without a last checkpoint"})
     tracking.set_status(uri, current.run_id, "stopped")
     return status(uri, current.run_id)
@@ -226,12 +226,22 @@ def read_logs(uri: str, reference: str, *, follow: bool = False) -> Iterator[str
 
 
 def follow_job(cluster: Cluster, job_id: str) -> Iterator[str]:
-    """Yield the log of a job as it grows, until the job has ended."""
+    """Yield the log of a job as it grows, until the job has ended.
+
+    Raises:
+        DabError: The cluster went away.
+    """
     client = job_client(cluster)
     seen = 0
     while True:
-        has_ended = client.get_job_status(job_id).value in _ENDED_JOBS
-        text = client.get_job_logs(job_id)
+        try:
+            has_ended = client.get_job_status(job_id).value in _ENDED_JOBS
+            text = client.get_job_logs(job_id)
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # requests' errors are OSErrors, refusals of the Jobs API RuntimeErrors
+            raise DabError(f"the Ray cluster: the job {job_id} cannot be followed any more ({error}).") from error
         if len(text) > seen:
             yield text[seen:]
             seen = len(text)
@@ -273,8 +283,14 @@ def _ends_within(uri: str, run_id: str, grace_s: float, on_wait: Callable[[str],
     return False
 
 
-def _stop_job(record: RunRecord) -> None:
+def _stop_job(record: RunRecord, on_wait: Callable[[str], None] | None) -> None:
+    """End the run's job and wait until it has ended: a next attempt must not meet it."""
     cluster = find_cluster()
     job_id = record.tags.get("dab.job_id")
-    if cluster is not None and job_id is not None and job_status(cluster, job_id) is not None:
-        job_client(cluster).stop_job(job_id)
+    if cluster is None or job_id is None or job_status(cluster, job_id) is None:
+        return
+    job_client(cluster).stop_job(job_id)
+    while job_status(cluster, job_id) in _LIVING_JOBS:  # Ray kills it after STOP_GRACE_S
+        if on_wait is not None:
+            on_wait("waiting for the job to end")
+        time.sleep(0.5)

@@ -133,7 +133,7 @@ def test_init_from_starts_with_the_weights_of_another_run(digits: Path, tmp_path
 def damage_one_image(digits: Path, target: Path) -> str:
     """Copy the dataset and overwrite the pixels of one training image; return the name of its shard."""
     shutil.copytree(digits, target)
-    shard = sorted(target.glob("train-*.tar"))[0]
+    shard = min(target.glob("train-*.tar"))
     content = bytearray(shard.read_bytes())
     start = content.index(b"IDAT")
     content[start : start + 40] = bytes(40)

@@ -2,13 +2,14 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dabnn.run_folder import RunFolder
 from dabnn.schedules import Schedule
@@ -52,7 +53,7 @@ def torchrun(spec: TrainSpec, folder: Path, num_workers: int) -> dict[str, Any]:
     """Run the loop to its end on `num_workers` ranks and return its result."""
     process = start_torchrun(spec, folder, num_workers)
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-3000:]
+    assert process.returncode == 0, output[-6000:]
     return RunFolder(folder).result()
 
 
@@ -65,6 +66,8 @@ def kill_in_mid_epoch(spec: TrainSpec, folder: Path, num_workers: int) -> None:
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    launcher = psutil.Process(process.pid)
+    for member in [*launcher.children(recursive=True), launcher]:  # the ranks lead sessions of their own
+        member.kill()
     process.communicate()
     assert not RunFolder(folder).result(), "the run ended before it could be killed"
