@@ -5,7 +5,7 @@ The Jobs API knows what lives, MLflow and the run's folder what lasts.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,15 @@ def decide_status(tracked: Status, job: str | None, left: Status | None) -> tupl
 
 
 def list_runs(uri: str, *, experiment: str | None = None) -> list[RunRecord]:
-    """Return all runs of the tracker, newest first."""
-    return tracking.find_runs(uri, experiment)
+    """Return all runs of the tracker, newest first; one that was lost without a word is shown as what it is."""
+    return [_as_it_stands(record) for record in tracking.find_runs(uri, experiment)]
+
+
+def _as_it_stands(record: RunRecord) -> RunRecord:
+    if record.status in ENDED or "dab.folder" not in record.tags:
+        return record
+    state, _ = decide_status(record.status, _job_status(record), folder_of(record).result().get("status"))
+    return replace(record, status=state)
 
 
 def status(uri: str, reference: str) -> RunStatus:
