@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import math
+import os
 import pickle
 import shutil
 import threading
@@ -60,7 +61,11 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Return the committed checkpoints of `folder`, oldest first; their contents are not read."""
     found = []
     for commit in sorted(folder.glob("step-*.json")):
-        entry = json.loads(commit.read_text())
+        try:
+            entry = json.loads(commit.read_text())
+        except json.JSONDecodeError:
+            _log.warning("%s: unreadable (a crash of the machine?); this checkpoint does not count", commit)
+            continue
         found.append(Checkpoint(**entry | {"path": str(commit.with_suffix(".pt"))}))
     return found
 
@@ -77,12 +82,18 @@ def best_checkpoint(folder: Path) -> Checkpoint:
     return max(candidates, key=lambda checkpoint: (checkpoint.score, checkpoint.step))
 
 
-def newest_intact(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint whose file has the recorded checksum, or None; a damaged one is named in the log."""
+def restore_point(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint whose file has the recorded checksum, or None.
+
+    Damaged ones that are newer get the suffix `.damaged`, so that retention does not count them; the log names them.
+    """
     for checkpoint in reversed(list_checkpoints(folder)):
         if _is_intact(checkpoint):
             return checkpoint
         _log.warning("%s: damaged checkpoint (checksum differs); using the one before", checkpoint.path)
+        for path in (Path(checkpoint.path).with_suffix(".json"), Path(checkpoint.path)):
+            if path.exists():
+                path.rename(f"{path}.damaged")
     return None
 
 
@@ -102,7 +113,7 @@ class CheckpointWriter:
     """Writes checkpoints of one run in a background thread, one at a time.
 
     `save` copies the state and returns; the copy is written while training goes on. An error of the thread is raised
-    by the next `save` or by `close`, so that none is lost.
+    by the next `save` or by `wait`, so that none is lost.
     """
 
     def __init__(self, folder: Path, policy: CheckpointPolicy) -> None:
@@ -152,12 +163,15 @@ class CheckpointWriter:
         path = self._folder / f"step-{step:08d}.pt"
         temporary = path.with_suffix(".tmp")
         try:
-            temporary.write_bytes(content)
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # older checkpoints are removed right after
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
         entry = Checkpoint(path.name, step, epoch, metrics, hashlib.sha256(content).hexdigest(), len(content))
-        write_json(path.with_suffix(".json"), asdict(entry))
+        write_json(path.with_suffix(".json"), asdict(entry), durable=True)
         self._remove_unneeded()
 
     def _remove_unneeded(self) -> None:

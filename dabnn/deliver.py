@@ -15,9 +15,8 @@ from dabnn.checkpoints import load_state
 from dabnn.data import Batch, load_manifest, open_stream
 from dabnn.data.images import decode_image
 from dabnn.data.transforms import make_transform
-from dabnn.distributed import World
 from dabnn.errors import DabError, InvalidInputError
-from dabnn.evaluate import evaluate
+from dabnn.evaluate import count
 from dabnn.models import ModelSpec, Network, build
 from dabnn.packed import Normalization, PackedModel, load_packed, pack
 from dabnn.verify import Verification, verify
@@ -131,7 +130,7 @@ def evaluate_on(
             "the classes that it was trained on."
         )
     batches = _counted(val_batches(data, spec, normalization, transform, batch_size), on_batch)
-    totals = evaluate(model, batches, World(0, 1, torch.device("cpu")))
+    totals = count(model, batches, torch.device("cpu"))
     return totals.metrics("") | {"num_samples": int(totals.num_samples)}
 
 

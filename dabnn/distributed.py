@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-_SEED_PRIME = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spreads small integers over the 64-bit range
+COLLECTIVE_TIMEOUT_S = 300  # a rank that was killed is noticed by Ray within seconds; this ends a hang
+# The increments of splitmix64 (Steele et al., OOPSLA 2014), which spread small integers over 64 bits.
+_GAMMA, _MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
+_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,11 @@ class World:
         device = torch.device(device)
         if not dist.is_available() or not dist.is_initialized():
             return cls(0, 1, device)
-        control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        control = (
+            dist.group.WORLD
+            if dist.get_backend() == "gloo"
+            else dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+        )
         return cls(dist.get_rank(), dist.get_world_size(), device, control)
 
     @property
@@ -102,8 +110,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     Dropout draws from them. Seeding each step makes the draw independent of history, so that a run resumed at any step
     continues bit for bit without any saved generator state.
     """
-    mixed = (seed * 1_000_003 + step) * _SEED_PRIME + rank * 0xD1B54A32D192ED03
-    value = (mixed ^ (mixed >> 31)) & 0xFFFF_FFFF_FFFF_FFFF
+    value = seed
+    for part in (step, rank):
+        value = ((value ^ (value >> 31)) * _MIX + (part + 1) * _GAMMA) & _MASK
     torch.manual_seed(value)
 
 

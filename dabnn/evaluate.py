@@ -50,17 +50,17 @@ class Totals:
 
 
 @torch.inference_mode()
-def evaluate(net: Callable[[Tensor], Tensor], batches: Iterable[Batch], world: World) -> Totals:
-    """Return the sums over all samples of all ranks' `batches`.
+def count(net: Callable[[Tensor], Tensor], batches: Iterable[Batch], device: torch.device) -> Totals:
+    """Return the sums over the samples of `batches`; the sums of several ranks add up with `Totals.over`.
 
     Args:
         net: Images (n, C, H, W) to logits (n, classes); a module must be in evaluation mode.
         batches: This rank's part of the split; ranks may hold different numbers of batches.
-        world: The ranks; every rank must call this.
+        device: Where `net` is.
     """
     totals = Totals()
     for batch in batches:
-        labels = batch.labels.to(world.device)
-        logits = net(batch.images.to(world.device))
+        labels = batch.labels.to(device)
+        logits = net(batch.images.to(device))
         totals.add(logits, labels, F.cross_entropy(logits, labels, reduction="none"))
-    return totals.over(world)
+    return totals

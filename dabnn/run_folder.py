@@ -95,11 +95,18 @@ class RunFolder:
         (self.root / "result.json").unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON to `path` in one step: a reader sees the old file or the new one."""
+def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
+    """Write `value` as JSON to `path` in one step: a reader sees the old file or the new one.
+
+    With `durable` the text is on the disk before the name points to it, so a crash of the machine leaves one of both.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(value))
+        with temporary.open("w") as file:
+            json.dump(value, file)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

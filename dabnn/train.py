@@ -13,12 +13,13 @@ trackers: see `jobs.train`.
 """
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -29,12 +30,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from dabnn.checkpoints import Checkpoint, CheckpointWriter, load_state, newest_intact
+from dabnn.checkpoints import Checkpoint, CheckpointWriter, load_state, restore_point
 from dabnn.data import Batch, Stream, load_manifest, open_stream
 from dabnn.data.transforms import make_transform
 from dabnn.distributed import World, deterministic, seed_step, share_buffers, wrap
 from dabnn.errors import DabError, InvalidInputError
-from dabnn.evaluate import Totals, evaluate
+from dabnn.evaluate import Totals, count
 from dabnn.models import ModelSpec, build
 from dabnn.optim import make_optimizer, set_learning_rate
 from dabnn.run_folder import RunFolder
@@ -131,7 +132,10 @@ def train(spec: TrainSpec, folder: RunFolder, *, world: World, observer: Observe
         finally:
             loop.close()
     if world.is_main:
-        folder.write_result(asdict(result))
+        try:
+            folder.write_result(asdict(result))
+        except OSError as error:
+            raise DabError(f"storage: cannot write in {folder.root}: {error}. {result.message}") from error
     return result
 
 
@@ -145,11 +149,11 @@ class _Loop:
         self.position, self.totals, self.metrics = Position(), Totals(), dict[str, float]()
         self._started, self._seen, self._progress_time = 0.0, 0, 0.0
         self._error: DabError | None = None
-        self._last_loss = 0.0
+        self._last_loss, self._saved_step = 0.0, -1
 
     def prepare(self) -> TrainResult | None:
         """Build everything and restore the newest checkpoint; return a failed result when a rank cannot."""
-        found = newest_intact(self.folder.checkpoints) if self.world.is_main else None
+        found = restore_point(self.folder.checkpoints) if self.world.is_main else None
         found = self.world.share(found)
         try:
             self._build()
@@ -162,7 +166,7 @@ class _Loop:
         spec = self.net.spec
         self.model = wrap(self.net, self.world, (spec.in_channels, spec.input_size, spec.input_size))
         if self.world.is_main:
-            self.folder.begin_attempt(self.position.step, self.world.size)
+            self._write(lambda: self.folder.begin_attempt(self.position.step, self.world.size))
         return None
 
     def _build(self) -> None:
@@ -187,11 +191,14 @@ class _Loop:
             decision, reason = self._train_epoch()
             if decision in (Verdict.RANK_ERROR, Verdict.NOT_FINITE):
                 return self._result("failed", self._explain(decision, reason))
+            is_stopping = decision is Verdict.STOP
             if self.position.step_in_epoch == self.train_stream.num_steps:
-                self._finish_epoch()
-            elif decision is Verdict.STOP:
+                error = self._finish_epoch(is_stopping)
+                if error:
+                    return self._result("failed", error)
+            elif is_stopping and self._saved_step != self.position.step:
                 self._save({})
-            if decision is Verdict.STOP and self.position.epoch < self.spec.epochs:
+            if is_stopping and self.position.epoch < self.spec.epochs:
                 return self._result("stopped", reason)
         return self._result("finished", "")
 
@@ -207,10 +214,11 @@ class _Loop:
         decision, reason = self._agree()
         while decision is Verdict.CONTINUE and batch is not None:
             self._step(batch)
-            self._save_if_due()
             self._report_progress()
             batch = self._fetch(batches)
             decision, reason = self._agree()
+            if decision is Verdict.CONTINUE:  # otherwise the weights may not be finite
+                self._save_if_due()
         return decision, reason
 
     def _fetch(self, batches: Iterator[Batch]) -> Batch | None:
@@ -226,6 +234,12 @@ class _Loop:
         return verdict(*self.world.largest(flags))
 
     def _step(self, batch: Batch) -> None:
+        try:
+            self._learn(batch)
+        except DabError as error:  # weights that are not finite: every rank has them
+            self._error = error
+
+    def _learn(self, batch: Batch) -> None:
         position = self.position
         seed_step(self.spec.seed, position.step, self.world.rank)
         epoch = position.epoch + position.step_in_epoch / self.train_stream.num_steps
@@ -244,32 +258,41 @@ class _Loop:
         position.step_in_epoch += 1
         position.step += 1
 
-    def _finish_epoch(self) -> None:
+    def _finish_epoch(self, is_stopping: bool) -> str:
+        """Validate, record and save; return why the run cannot go on, or nothing."""
         duration_s = time.monotonic() - self._started
         self.position.epoch += 1
         self.position.step_in_epoch = 0
         metrics = self.totals.over(self.world).metrics("train_")
         self.totals = Totals()
         metrics |= self._validate()
+        decision, reason = self._agree()
+        if decision is Verdict.RANK_ERROR:
+            return self._explain(decision, reason)
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         metrics["images_per_s"] = self._seen / duration_s
         metrics["epoch_s"] = duration_s
         self.metrics = metrics
-        every = self.spec.checkpoint.every_epochs
-        if self.position.epoch % every == 0 or self.position.epoch == self.spec.epochs:
-            self._save(metrics)
-        if self.world.is_main:
-            self.folder.append_metrics(self.position.epoch, metrics)
+        if self.world.is_main:  # before the checkpoint: a run resumed from that would not write this line again
+            self._write(lambda: self.folder.append_metrics(self.position.epoch, metrics))
             self._write_progress(metrics["images_per_s"])
+        is_last = self.position.epoch == self.spec.epochs
+        if is_last or is_stopping or self.position.epoch % self.spec.checkpoint.every_epochs == 0:
+            self._save(metrics)
         self.observer.epoch_finished(self.position.epoch, metrics)
+        return ""
 
     def _validate(self) -> dict[str, float]:
         share_buffers(self.net, self.world)
         self.net.eval()
         # Another epoch each time, although the order is the same: so the loaders' read-ahead is used.
-        metrics = evaluate(self.net, self.val_stream.epoch(self.position.epoch), self.world).metrics("val_")
+        totals = Totals()
+        try:
+            totals = count(self.net, self.val_stream.epoch(self.position.epoch), self.world.device)
+        except DabError as error:  # not raised here: the other ranks would wait for this one in the next all-reduce
+            self._error = error
         self.net.train()
-        return metrics
+        return totals.over(self.world).metrics("val_")
 
     def _save_if_due(self) -> None:
         every = self.spec.checkpoint.every_steps
@@ -280,6 +303,7 @@ class _Loop:
     def _save(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint of the current position; every rank must call it, rank 0 writes."""
         totals = self.totals.over(self.world)
+        self._saved_step = self.position.step
         if not self.world.is_main:
             return
         state = {
@@ -311,6 +335,7 @@ class _Loop:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.position = Position(**state["position"])
+        self._saved_step = found.step
         self.metrics = state["metrics"]
         if self.world.is_main:  # the sums are over all ranks already
             self.totals = Totals(**state["totals"])
@@ -336,7 +361,15 @@ class _Loop:
             "eta_s": steps_left * self.train_stream.num_samples / steps_per_epoch / images_per_s,
             "time": time.time(),
         }
-        self.folder.write_progress(progress)
+        with contextlib.suppress(OSError):  # a full disk is told by what matters: metrics and checkpoints
+            self.folder.write_progress(progress)
+
+    def _write(self, call: Callable[[], object]) -> None:
+        """Write to the run's folder; a failure ends all ranks together at the next step."""
+        try:
+            call()
+        except OSError as error:
+            self._error = DabError(f"storage: cannot write in {self.folder.root}: {error}")
 
     def _explain(self, decision: Verdict, reason: str) -> str:
         own = f"rank {self.world.rank}: {self._reason()}" if self._error else ""

@@ -13,13 +13,12 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from dabnn.distributed import COLLECTIVE_TIMEOUT_S
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
 from dabnn.spec import TrainSpec
 from dabnn.train import train
 from orchestrator.config import Cluster as ClusterConfig
-
-COLLECTIVE_TIMEOUT_S = 300
 
 
 class ReportToRay:

@@ -10,7 +10,7 @@ from dabnn.checkpoints import (
     kept,
     list_checkpoints,
     load_state,
-    newest_intact,
+    restore_point,
 )
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.spec import CheckpointPolicy
@@ -40,9 +40,28 @@ def test_checkpoint_in_mid_epoch_never_counts_as_best() -> None:
 def test_file_without_commit_is_not_a_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, {1: 1.0}, CheckpointPolicy())
     (tmp_path / "step-00000009.pt").write_bytes(b"half of it")
-    found = newest_intact(tmp_path)
+    found = restore_point(tmp_path)
     assert found is not None
     assert found.step == 1
+
+
+def test_damaged_checkpoints_are_set_aside_so_that_retention_keeps_good_ones(tmp_path: Path) -> None:
+    write(tmp_path, {1: 1.0, 2: 2.0}, CheckpointPolicy(keep_last=2, keep_best=0))
+    Path(list_checkpoints(tmp_path)[-1].path).write_bytes(b"damaged")
+    found = restore_point(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    writer = CheckpointWriter(tmp_path, CheckpointPolicy(keep_last=1, keep_best=0))
+    writer.save({}, step=3, epoch=3, metrics={})
+    writer.wait()
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [3]
+    assert (tmp_path / "step-00000002.pt.damaged").exists()
+
+
+def test_torn_commit_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, {1: 1.0}, CheckpointPolicy())
+    (tmp_path / "step-00000002.json").write_text("")
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [1]
 
 
 def test_saved_state_is_a_copy_of_the_moment(tmp_path: Path) -> None:
@@ -62,7 +81,7 @@ def test_a_disk_without_room_is_told_and_earlier_checkpoints_stay(tmp_path: Path
     with pytest.raises(DabError, match="no room on disk"):
         writer.wait()
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [1]
-    assert newest_intact(tmp_path) is not None
+    assert restore_point(tmp_path) is not None
 
 
 def test_missing_or_foreign_file_is_refused_with_its_name(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def test_another_seed_gives_other_weights(digits: Path, tmp_path: Path) -> None:
 
 def test_training_learns_the_digits(digits: Path, tmp_path: Path) -> None:
     spec = small_spec(digits, epochs=3)
-    wide = replace(spec, model=spec.model | {"name": "bincifar", "width": 0.125, "bin_start": 2, "bin_end": 7})
+    model = spec.model | {"name": "bincifar", "width": 0.125, "bin_start": 2, "bin_end": 7}
+    wide = replace(spec, model=model, schedule=replace(spec.schedule, epochs=3))
     result = run(wide, tmp_path)
     assert result.metrics["val_top1"] > 60  # chance is 10
     lines = RunFolder(tmp_path).metrics()
@@ -66,6 +67,37 @@ def test_stop_takes_a_checkpoint_and_the_next_attempt_ends_as_if_never_stopped(d
     assert resumed.status == "finished"
     assert resumed.weights_sha256 == whole.weights_sha256
     assert [attempt["start_step"] for attempt in folder.attempts()] == [0, stopped.step]
+
+
+class StopAtStep(RunFolder):
+    """A run folder in which a stop is asked for while step number `at` is taken."""
+
+    at = 0
+
+    def is_stop_requested(self) -> bool:
+        commits = self.root.glob("checkpoints/*.json")
+        return self.at > 0 and (self.progress().get("step", 0) >= self.at or any(commits))
+
+
+def test_stop_in_the_last_step_of_an_epoch_takes_a_checkpoint_with_its_score(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dabnn.train.PROGRESS_INTERVAL_S", 0.0)
+    spec = small_spec(digits, checkpoint=CheckpointPolicy(every_epochs=2))
+    whole = run(spec, tmp_path / "whole")
+    folder = StopAtStep(tmp_path / "stopped")
+    monkeypatch.setattr(StopAtStep, "at", whole.step // 2)
+    stopped = train(spec, folder, world=World.current())
+    assert (stopped.status, stopped.epoch, stopped.step) == ("stopped", 1, whole.step // 2)
+    assert best_checkpoint(folder.checkpoints).score == stopped.metrics["val_top1"]
+    monkeypatch.setattr(StopAtStep, "at", 0)
+    assert train(spec, folder, world=World.current()).weights_sha256 == whole.weights_sha256
+
+
+def test_stop_between_epochs_leaves_the_score_of_the_checkpoint(digits: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    stopped = train(small_spec(digits), folder, world=World.current(), observer=StopAfter(folder, 1))
+    assert best_checkpoint(folder.checkpoints).score == stopped.metrics["val_top1"]
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
@@ -90,12 +122,20 @@ def test_a_finished_run_started_again_ends_at_once_with_the_same_weights(digits:
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_names_the_place(digits: Path, tmp_path: Path) -> None:
     spec = small_spec(digits)
-    diverging = replace(spec, schedule=replace(spec.schedule, name="constant", max_lr=1e38))
+    diverging = replace(spec, schedule=replace(spec.schedule, name="constant", max_lr=1e36))
     result = run(diverging, tmp_path)
     assert result.status == "failed"
     assert "rank 0: loss" in result.message
     assert "epoch 1" in result.message
     assert "optim.max_lr" in result.message
+
+
+def test_weights_that_are_not_finite_are_never_saved(digits: Path, tmp_path: Path) -> None:
+    spec = small_spec(digits, checkpoint=CheckpointPolicy(every_steps=1, keep_last=1))
+    diverging = replace(spec, schedule=replace(spec.schedule, name="constant", max_lr=1e36))
+    assert run(diverging, tmp_path).status == "failed"
+    for checkpoint in list_checkpoints(RunFolder(tmp_path).checkpoints):
+        assert all(tensor.isfinite().all() for tensor in load_state(checkpoint.path)["net"].values())
 
 
 def test_resuming_with_other_data_is_refused(digits: Path, small_digits: Path, tmp_path: Path) -> None:
@@ -130,10 +170,10 @@ def test_init_from_starts_with_the_weights_of_another_run(digits: Path, tmp_path
     assert torch.equal(before, after)
 
 
-def damage_one_image(digits: Path, target: Path) -> str:
-    """Copy the dataset and overwrite the pixels of one training image; return the name of its shard."""
+def damage_one_image(digits: Path, target: Path, split: str = "train") -> str:
+    """Copy the dataset and overwrite the pixels of one image; return the name of its shard."""
     shutil.copytree(digits, target)
-    shard = min(target.glob("train-*.tar"))
+    shard = min(target.glob(f"{split}-*.tar"))
     content = bytearray(shard.read_bytes())
     start = content.index(b"IDAT")
     content[start : start + 40] = bytes(40)
@@ -141,8 +181,11 @@ def damage_one_image(digits: Path, target: Path) -> str:
     return shard.name
 
 
-def test_a_sample_that_does_not_decode_fails_the_run_and_names_its_shard(digits: Path, tmp_path: Path) -> None:
-    name = damage_one_image(digits, tmp_path / "data")
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_sample_that_does_not_decode_fails_the_run_and_names_its_shard(
+    split: str, digits: Path, tmp_path: Path
+) -> None:
+    name = damage_one_image(digits, tmp_path / "data", split)
     result = run(small_spec(tmp_path / "data"), tmp_path / "run")
     assert result.status == "failed"
     assert name in result.message
