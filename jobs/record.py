@@ -16,6 +16,9 @@ from orchestrator.job import Job
 _log = logging.getLogger(__name__)
 
 
+FLUSH_TIMEOUT_S = 20  # how long a job that is over waits for the tracker; what is left is sent by a later attempt
+
+
 def record_start(job: Job) -> None:
     """Mark the run as running and name its attempt."""
     _tolerate(lambda: tracking.set_tags(job.tracking_uri, job.run_id, {"dab.attempt": str(job.attempt)}))
@@ -30,6 +33,13 @@ def record_end(job: Job, result: dict[str, Any]) -> None:
     _tolerate(lambda: tracking.log_json(uri, run_id, "checkpoints.json", checkpoints))
     _tolerate(lambda: tracking.set_tags(uri, run_id, {key: value for key, value in tags.items() if value}))
     _tolerate(lambda: tracking.set_status(uri, run_id, result["status"]))
+
+
+def record_best(sweep: Job, best: Job, metrics: dict[str, float], step: int) -> None:
+    """Name the best trial of a sweep, and record its metrics as the sweep's own."""
+    uri, run_id = sweep.tracking_uri, sweep.run_id
+    _tolerate(lambda: tracking.set_tags(uri, run_id, {"dab.best_run": best.run_id}))
+    _tolerate(lambda: tracking.log_metrics(uri, run_id, metrics, step=step))
 
 
 def _tolerate(call: Callable[[], None]) -> None:

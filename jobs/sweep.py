@@ -24,8 +24,6 @@ from orchestrator.job import Job
 from orchestrator.resolve import model_table, train_spec
 from orchestrator.search import make_scheduler, make_searcher, trial_config
 
-NESTED_DRIVER_CPUS = 0.01
-
 
 def main() -> int:
     """Run the sweep described in the environment; return 0 when it finished or was stopped, 1 when it failed."""
@@ -53,23 +51,20 @@ def _search(job: Job, config: Config) -> dict[str, Any]:
     searcher, space, num_samples = make_searcher(search, config.seed)
     recorder = TrialRecorder(job, search)
     tuner = tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(_run_trial, job=job), {"CPU": _trial_cpus(base), "GPU": _trial_gpus(base)}
-        ),
+        tune.with_resources(tune.with_parameters(_run_trial, job=job), _trial_resources(base)),
         param_space=space,
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=make_scheduler(search, base.train.epochs),
             num_samples=num_samples,
-            max_concurrent_trials=_concurrency(search.max_concurrent, base) if searcher else None,
-            metric=None if searcher else search.objectives[0].metric,
-            mode=None if searcher else search.objectives[0].mode,
+            max_concurrent_trials=_concurrency(search.max_concurrent, base),
         ),
         run_config=tune.RunConfig(
             name=job.job_id,
             storage_path=str(Path(job.folder) / "tune"),
             callbacks=[recorder],
             stop=_StopWhenAsked(job.run_folder.root),
+            failure_config=tune.FailureConfig(max_failures=base.cluster.max_failures),
             verbose=0,
         ),
     )
@@ -78,34 +73,49 @@ def _search(job: Job, config: Config) -> dict[str, Any]:
 
 
 class _StopWhenAsked(tune.Stopper):
-    """Ends all trials when the sweep's folder holds a stop request."""
+    """Ends the sweep when its folder holds a stop request and every trial that runs has taken its last checkpoint.
+
+    The trials hold stop requests of their own by then: see `orchestrator.runs.stop`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = RunFolder(folder)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002 - Tune's signature
-        return self._folder.is_stop_requested()
+        return False
 
     def stop_all(self) -> bool:
-        return self._folder.is_stop_requested()
+        if not self._folder.is_stop_requested():
+            return False
+        trials = [RunFolder(path) for path in self._folder.root.glob("trials/*")]
+        return all(trial.result() for trial in trials if trial.attempts())
 
 
 def _run_trial(values: dict[str, Any], job: Job) -> None:
-    """Train one point; Tune calls this in a process of its own."""
-    config = with_overrides(trial_config(job.parsed_config()), values.get("point", values))
+    """Train one point; Tune calls this in a process of its own, and again when that process died.
+
+    A failure that a restart would meet again is left as the trial's result, not raised.
+    """
     folder = trial_folder(job, tune.get_context().get_trial_id())
+    if job.run_folder.is_stop_requested():
+        return
+    try:
+        config = with_overrides(trial_config(job.parsed_config()), values.get("point", values))
+        _train_trial(config, folder)
+    except DabError as error:
+        folder.write_result({"status": "failed", "message": str(error)})
+
+
+def _train_trial(config: Config, folder: RunFolder) -> None:
     observer = ReportToTune(float(model_table(config).packed_bytes))
     if config.cluster.num_workers > 1:
-        result = follow_nested(
-            folder, observer, lambda: launch(train_spec(config), folder, config.cluster, folder.root.name)
-        )
+        name = f"{folder.root.name}-a{len(folder.attempts()) + 1}"
+        follow_nested(folder, observer, lambda: launch(train_spec(config), folder, config.cluster, name))
     else:
-        result = _train_here(config, folder, observer)
-    if result["status"] == "failed":
-        raise DabError(result["message"])
+        _train_here(config, folder, observer)
 
 
-def _train_here(config: Config, folder: RunFolder, observer: ReportToTune) -> dict[str, Any]:
+def _train_here(config: Config, folder: RunFolder, observer: ReportToTune) -> None:
     import torch
 
     from dabnn.distributed import World
@@ -114,15 +124,14 @@ def _train_here(config: Config, folder: RunFolder, observer: ReportToTune) -> di
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     device = "cuda" if config.cluster.gpus_per_worker else "cpu"
     train(train_spec(config), folder, world=World.current(device), observer=observer)
-    return folder.result()
 
 
-def _trial_cpus(config: Config) -> float:
-    return float(config.cluster.cpus_per_worker) if config.cluster.num_workers == 1 else NESTED_DRIVER_CPUS
-
-
-def _trial_gpus(config: Config) -> float:
-    return float(config.cluster.gpus_per_worker) if config.cluster.num_workers == 1 else 0.0
+def _trial_resources(config: Config) -> dict[str, float]:
+    """What Ray sets aside for a trial; the driver of a nested trainer takes one byte, as nothing at all is refused."""
+    cluster = config.cluster
+    if cluster.num_workers > 1:
+        return {"CPU": 0, "memory": 1}
+    return {"CPU": float(cluster.cpus_per_worker), "GPU": float(cluster.gpus_per_worker)}
 
 
 def _concurrency(asked: int | None, config: Config) -> int:

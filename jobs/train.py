@@ -18,7 +18,7 @@ import ray
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
 from jobs.launch import launch
-from jobs.record import record_end, record_start
+from jobs.record import FLUSH_TIMEOUT_S, record_end, record_start
 from orchestrator.job import Job
 from orchestrator.resolve import train_spec
 from orchestrator.tracking import MetricFollower
@@ -40,6 +40,7 @@ def main() -> int:
             result = launch(train_spec(config), folder, config.cluster, job.job_id)
         except DabError as error:
             result = {"status": "failed", "message": str(error)}
+            folder.write_result(result)
     record_end(job, result)
     say(f"run {job.name}: {result['status']}{': ' + result['message'] if result['message'] else ''}")
     return 1 if result["status"] == "failed" else 0
@@ -59,7 +60,7 @@ def following(job: Job) -> Iterator[MetricFollower]:
     try:
         yield follower
     finally:
-        unsent = follower.close(timeout_s=20)
+        unsent = follower.close(timeout_s=FLUSH_TIMEOUT_S)
         if unsent:
             say(f"{unsent} lines of metrics could not be sent to {job.tracking_uri}; they are kept in {job.folder}")
 
@@ -88,7 +89,7 @@ def _print_progress(folder: RunFolder, done: threading.Event) -> None:
             printed_at = time.monotonic()
         progress = folder.progress()
         is_due = time.monotonic() - printed_at >= PROGRESS_LINE_S
-        if is_due and progress != shown:
+        if is_due and progress != shown and progress["epoch"] < progress["epochs"]:
             say(progress_line(progress))
             printed_at, shown = time.monotonic(), progress
         if is_last:

@@ -1,7 +1,6 @@
 """Trials as runs: their folders, what they tell Ray Tune, and how the sweep records each as a child run in MLflow."""
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from ray import tune
 
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
-from jobs.record import record_end
+from jobs.record import FLUSH_TIMEOUT_S, record_best, record_end
 from jobs.train import say
 from orchestrator import tracking
 from orchestrator.config import Search, flatten, to_dict, with_overrides
@@ -38,27 +37,32 @@ class ReportToTune:
         tune.report(metrics | {"epoch": epoch, "packed_bytes": self._packed_bytes})
 
 
-def follow_nested(folder: RunFolder, observer: ReportToTune, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Call `run` in a thread and report the epochs that appear in `folder` from this one, as Tune wants it."""
-    outcome: dict[str, Any] = {}
+def follow_nested(folder: RunFolder, observer: ReportToTune, run: Callable[[], dict[str, Any]]) -> None:
+    """Call `run` in a thread and report the epochs that appear in `folder` from this one, as Tune wants it.
+
+    Raises:
+        DabError: What `run` raised.
+    """
+    errors: list[BaseException] = []
 
     def target() -> None:
         try:
-            outcome.update(run())
-        except DabError as error:
-            outcome.update(status="failed", message=str(error))
+            run()
+        except BaseException as error:  # noqa: BLE001 - carried to the thread of the trial, which raises it
+            errors.append(error)
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     reported = 0
-    while True:
+    is_over = False
+    while not is_over:
         is_over = not thread.is_alive()
         for line in folder.metrics()[reported:]:
             observer.epoch_finished(line["step"], line["metrics"])
             reported += 1
-        if is_over:
-            return outcome or {"status": "failed", "message": "the nested trainer died without a result"}
-        time.sleep(NESTED_POLL_S)
+        thread.join(NESTED_POLL_S)
+    for error in errors:
+        raise error
 
 
 class TrialRecorder(tune.Callback):
@@ -69,6 +73,7 @@ class TrialRecorder(tune.Callback):
 
     def __init__(self, job: Job, search: Search) -> None:
         self._job, self._search = job, search
+        self._numbers: dict[str, int] = {}
         self._children: dict[str, Job] = {}
         self._ended: dict[str, str] = {}
         self._follower: MetricFollower | None = MetricFollower(job.tracking_uri)
@@ -78,23 +83,71 @@ class TrialRecorder(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """Create the child run."""
+        if trial.trial_id not in self._numbers:
+            self._numbers[trial.trial_id] = len(self._numbers) + 1
+            number = self._numbers[trial.trial_id]
+            say(f"trial {number}/{self._search.num_trials} started: {describe_point(_point(trial))}")
+        self._track(trial)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:  # noqa: ARG002
+        """Create the child run if the tracker was away when the trial started."""
+        self._track(trial)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """Mark the child run as finished, or as stopped early."""
+        self._end(trial, "finished", "")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """Mark the child run as failed; the sweep goes on."""
+        lines = str(trial.get_error() or "the trial's process died").strip().splitlines()
+        self._end(trial, "failed", lines[-1] if lines else "")
+
+    def close(self) -> dict[str, Any]:
+        """Flush metrics and return the result of the sweep: status, message, metrics and run of the best trial."""
+        for trial_id, child in self._children.items():
+            if trial_id not in self._ended:
+                self._end_child(trial_id, child, "stopped", "stopped with the sweep")
+        if self._follower is not None:
+            self._follower.close(timeout_s=FLUSH_TIMEOUT_S)
+        objective = self._search.objectives[0]
+        sign = 1.0 if objective.mode == "max" else -1.0
+        scored = [(sign * metrics[objective.metric], child) for child, metrics in self._finished(objective.metric)]
+        was_stopped = self._job.run_folder.is_stop_requested()
+        if not scored:
+            status = "stopped" if was_stopped else "failed"
+            return {"status": status, "message": "no trial finished an epoch", "metrics": {}}
+        _, best = max(scored, key=lambda pair: pair[0])
+        metrics = best.run_folder.metrics()[-1]["metrics"]
+        record_best(self._job, best, metrics, step=len(self._ended))
+        message = f"best trial {best.name}" + (" (stopped before all trials ran)" if was_stopped else "")
+        status = "stopped" if was_stopped else "finished"
+        return {"status": status, "message": message, "metrics": metrics, "best": best.run_id}
+
+    def _finished(self, metric: str) -> list[tuple[Job, dict[str, float]]]:
+        pairs = []
+        for child in self._children.values():
+            epochs = child.run_folder.metrics()
+            if epochs and metric in epochs[-1]["metrics"]:
+                pairs.append((child, epochs[-1]["metrics"]))
+        return pairs
+
+    def _track(self, trial: Any) -> None:
+        """Create the trial's child run; a tracker that is away is asked again at the trial's next report."""
         if trial.trial_id in self._children:
             return
-        number = len(self._children) + 1
-        values = trial.config.get("point", trial.config)
-        config = with_overrides(trial_config(self._job.parsed_config()), values)
+        config = with_overrides(trial_config(self._job.parsed_config()), _point(trial))
         folder = trial_folder(self._job, trial.trial_id)
-        name = f"{self._job.name}-t{number:02d}"
+        name = f"{self._job.name}-t{self._numbers[trial.trial_id]:02d}"
         tags = {"dab.kind": "trial", "dab.folder": str(folder.root), "dab.job_id": self._job.job_id}
-        run_id = tracking.create_run(
-            self._job.tracking_uri,
-            self._job.experiment,
-            name,
-            params=flatten(config),
-            tags=tags,
-            parent=self._job.run_id,
-        )
-        tracking.set_status(self._job.tracking_uri, run_id, "running")
+        uri, parent = self._job.tracking_uri, self._job.run_id
+        try:
+            run_id = tracking.create_run(
+                uri, self._job.experiment, name, params=flatten(config), tags=tags, parent=parent
+            )
+            tracking.set_status(uri, run_id, "running")
+        except DabError as error:
+            say(f"trial {name} is not in MLflow yet: {error}")
+            return
         child = replace(
             self._job,
             kind="train",
@@ -108,61 +161,28 @@ class TrialRecorder(tune.Callback):
         self._children[trial.trial_id] = child
         if self._follower is not None:
             self._follower.follow(folder.metrics_file, run_id)
-        say(f"trial {number}/{self._search.num_trials} started: {describe_point(values)}")
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """Mark the child run as finished, or as stopped early."""
-        self._end(trial, "finished", "")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """Mark the child run as failed; the sweep goes on."""
-        lines = str(trial.get_error() or "the trial's process died").strip().splitlines()
-        self._end(trial, "failed", lines[-1] if lines else "")
-
-    def close(self) -> dict[str, Any]:
-        """Flush metrics and return the result of the sweep: status, message, metrics and run of the best trial."""
-        if self._follower is not None:
-            self._follower.close(timeout_s=20)
-        objective = self._search.objectives[0]
-        sign = 1.0 if objective.mode == "max" else -1.0
-        scored = [(sign * metrics[objective.metric], child) for child, metrics in self._finished(objective.metric)]
-        was_stopped = self._job.run_folder.is_stop_requested()
-        if not scored:
-            status = "stopped" if was_stopped else "failed"
-            return {"status": status, "message": "no trial finished an epoch", "metrics": {}}
-        _, best = max(scored, key=lambda pair: pair[0])
-        metrics = best.run_folder.metrics()[-1]["metrics"]
-        tags = {"dab.best_run": best.run_id}
-        tracking.set_tags(self._job.tracking_uri, self._job.run_id, tags)
-        tracking.log_metrics(self._job.tracking_uri, self._job.run_id, metrics, step=len(self._ended))
-        message = f"best trial {best.name}" + (" (stopped before all trials ran)" if was_stopped else "")
-        return {
-            "status": "stopped" if was_stopped else "finished",
-            "message": message,
-            "metrics": metrics,
-            "best": best.run_id,
-        }
-
-    def _finished(self, metric: str) -> list[tuple[Job, dict[str, float]]]:
-        pairs = []
-        for child in self._children.values():
-            epochs = child.run_folder.metrics()
-            if epochs and metric in epochs[-1]["metrics"]:
-                pairs.append((child, epochs[-1]["metrics"]))
-        return pairs
 
     def _end(self, trial: Any, status: str, message: str) -> None:
+        self._track(trial)
         child = self._children.get(trial.trial_id)
-        if child is None or trial.trial_id in self._ended:
-            return
-        result = child.run_folder.result() or {"status": status, "message": message or "stopped early"}
-        if status == "failed":
-            result |= {"status": "failed", "message": message}
-        self._ended[trial.trial_id] = result["status"]
+        if child is not None and trial.trial_id not in self._ended:
+            self._end_child(trial.trial_id, child, status, message)
+
+    def _end_child(self, trial_id: str, child: Job, status: str, message: str) -> None:
+        result = child.run_folder.result()
+        if not result or status == "failed":
+            result = {"status": status, "message": message or "stopped early"}
+            child.run_folder.write_result(result)
+        self._ended[trial_id] = result["status"]
         record_end(child, result)
         epochs = child.run_folder.metrics()
         shown = f", val top-1 {epochs[-1]['metrics']['val_top1']:.2f} % after {len(epochs)} epochs" if epochs else ""
         say(f"trial {child.name}: {result['message'] or result['status']}{shown}")
+
+
+def _point(trial: Any) -> dict[str, Any]:
+    """Return what the trial tries; a grid hands it over under one key."""
+    return dict(trial.config.get("point", trial.config))
 
 
 def describe_point(values: dict[str, Any]) -> str:
