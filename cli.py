@@ -358,7 +358,7 @@ def run(arguments: Sequence[str]) -> int:
         code = app(args=list(arguments), prog_name="dab", standalone_mode=False) or 0
         sys.stdout.flush()
     except DabError as error:
-        out.error(str(error), error.exit_code)
+        out.error(str(error), error.exit_code, error.details)
         return error.exit_code
     except TyperException as error:
         _explain_usage(out, error)

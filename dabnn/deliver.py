@@ -81,7 +81,12 @@ def export(
     """
     net = load_trained(checkpoint)
     normalization = _normalization(train_data, net.spec)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir():
+        raise InvalidInputError(f"{file}: is a folder. Name the file to write, such as {file / 'model.safetensors'}.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"{file}: its folder cannot be made ({error}). Name a file elsewhere.") from error
     unchecked = file.with_name(f".{file.name}.unchecked")
     try:
         classes = load_manifest(train_data).classes
@@ -105,6 +110,7 @@ def evaluate_on(
     normalization: Normalization,
     data: Path,
     *,
+    classes: Sequence[str] | None = None,
     transform: str = "auto",
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
@@ -116,6 +122,7 @@ def evaluate_on(
         spec: Its architecture, for the size of its images.
         normalization: What is done to images first.
         data: The dataset.
+        classes: Names of the classes that the network knows, in the order of its logits; None when unknown.
         transform: Name of the transform.
         batch_size: Images of one batch.
         on_batch: Told the number of images that were evaluated.
@@ -123,15 +130,22 @@ def evaluate_on(
     Raises:
         InvalidInputError: The dataset cannot be read, or has other classes than the network has logits.
     """
-    num_classes = len(load_manifest(data).classes)
-    if num_classes != spec.num_classes:
-        raise InvalidInputError(
-            f"--data: {data} has {num_classes} classes, the network tells {spec.num_classes} apart. Use a dataset with "
-            "the classes that it was trained on."
-        )
+    _check_classes(data, spec.num_classes, classes)
     batches = _counted(val_batches(data, spec, normalization, transform, batch_size), on_batch)
     totals = count(model, batches, torch.device("cpu"))
     return totals.metrics("") | {"num_samples": int(totals.num_samples)}
+
+
+def _check_classes(data: Path, num_classes: int, classes: Sequence[str] | None) -> None:
+    found = load_manifest(data).classes
+    if len(found) != num_classes:
+        difference = f"has {len(found)} classes, the network tells {num_classes} apart"
+    elif classes is not None and tuple(classes) != tuple(found):
+        first = next((own, other) for own, other in zip(classes, found, strict=True) if own != other)
+        difference = f"has a class {first[1]!r} where the network knows {first[0]!r}"
+    else:
+        return
+    raise InvalidInputError(f"--data: {data} {difference}. Use a dataset with the classes that it was trained on.")
 
 
 def val_batches(

@@ -3,6 +3,7 @@
 A bug is any other exception and keeps its traceback.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -10,6 +11,11 @@ class DabError(Exception):
     """Something went wrong that a person can act on: a worker died, a file is damaged, a server does not answer."""
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, details: Mapping[str, object] | None = None) -> None:
+        """Take the message, and what a program that reads JSON should get beside it."""
+        super().__init__(message)
+        self.details = dict(details or {})
 
 
 class InvalidInputError(DabError, ValueError):

@@ -449,12 +449,14 @@ def main() -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         result = train(TrainSpec.from_file(arguments.spec), RunFolder(arguments.folder), world=World.current(device))
+    except DabError as error:
+        raise SystemExit(f"error: {error}") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     _log.info("%s: epoch %d, step %d, %s", result.status, result.epoch, result.step, result.metrics)
     if result.status == "failed":
-        raise SystemExit(result.message)
+        raise SystemExit(f"error: {result.message}")
 
 
 if __name__ == "__main__":

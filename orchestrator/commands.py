@@ -183,7 +183,7 @@ def show_cluster() -> View:
 def demo(say: Say) -> View:
     """Run the demo and return its table."""
     started = time.monotonic()
-    result = run_demo(say)
+    result = run_demo(say, patiently(say))
     return asdict(result) | {"duration_s": time.monotonic() - started}, _demo_text(result, time.monotonic() - started)
 
 
@@ -192,7 +192,7 @@ def after_demo(data: dict[str, Any]) -> list[list[str]]:
     return [
         ["dab", "ui"],
         ["dab", "runs"],
-        ["dab", "status", data["best"]],
+        ["dab", "status", data["best_run_id"][:_SHORT_ID]],
         ["dab", "models", "show", "bincifarfbin", "--width", "0.25"],
         ["dab", "cluster", "down"],
     ]
@@ -210,9 +210,8 @@ def _follow_to_end(job: Job, cluster: Cluster, *, detach: bool, say: Say) -> Vie
         "tracking_uri": job.tracking_uri,
     }
     if current.status == "failed":
-        raise DabError(
-            f"{current.name}: failed: {current.message.rstrip('.')}. `dab logs {job.run_id[:_SHORT_ID]}` shows its log."
-        )
+        log = f"`dab logs {job.run_id[:_SHORT_ID]}` shows its log."
+        raise DabError(f"{current.name}: failed: {current.message.rstrip('.')}. {log}", data)
     return data, f"{job.name} ({job.run_id[:_SHORT_ID]}): {_ending(current)}"
 
 

@@ -10,6 +10,7 @@ from dabnn import deliver
 from dabnn.checkpoints import best_checkpoint
 from dabnn.data import load_manifest
 from dabnn.errors import InvalidInputError
+from dabnn.models import ModelSpec
 from dabnn.packed import Normalization, load_packed
 from orchestrator import tracking
 from orchestrator.job import Job
@@ -63,7 +64,7 @@ def evaluate_file(file: Path, data: Path, on_batch: OnBatch | None = None) -> di
     packed = load_packed(file)
     if packed.normalization is None:
         raise InvalidInputError(f"{file}: holds no normalisation, so images cannot be prepared. Export the run again.")
-    return _evaluate(packed, packed.spec, packed.normalization, data, "auto", on_batch)
+    return _evaluate(packed, packed.spec, packed.normalization, packed.classes, data, "auto", on_batch)
 
 
 def evaluate_run(uri: str, reference: str, data: Path | None, on_batch: OnBatch | None = None) -> dict[str, Any]:
@@ -75,9 +76,10 @@ def evaluate_run(uri: str, reference: str, data: Path | None, on_batch: OnBatch 
     record = best_run(uri, reference)
     config = Job.load(folder_of(record).root).parsed_config()
     net = deliver.load_trained(best_checkpoint(folder_of(record).checkpoints).path)
-    mean, std = load_manifest(Path(config.data.train)).image.normalization(net.spec.in_channels)
+    manifest = load_manifest(Path(config.data.train))
+    normalization = Normalization(*map(tuple, manifest.image.normalization(net.spec.in_channels)))
     place = data or Path(config.data.val or config.data.train)
-    return _evaluate(net, net.spec, Normalization(tuple(mean), tuple(std)), place, config.data.transform, on_batch)
+    return _evaluate(net, net.spec, normalization, manifest.classes, place, config.data.transform, on_batch)
 
 
 def predict_files(file: Path, images: Sequence[Path]) -> list[dict[str, Any]]:
@@ -106,7 +108,13 @@ def best_run(uri: str, reference: str) -> RunRecord:
 
 
 def _evaluate(
-    model: Any, spec: Any, normalization: Normalization, data: Path, transform: str, on_batch: OnBatch | None
+    model: Any,
+    spec: ModelSpec,
+    normalization: Normalization,
+    classes: Sequence[str] | None,
+    data: Path,
+    transform: str,
+    on_batch: OnBatch | None,
 ) -> dict[str, Any]:
     total = load_manifest(data).split("val").num_samples
     started = time.monotonic()
@@ -115,6 +123,7 @@ def _evaluate(
         spec,
         normalization,
         data,
+        classes=classes,
         transform=transform,
         on_batch=None if on_batch is None else lambda done: on_batch(done, total),
     )

@@ -13,11 +13,12 @@ from dabnn.data import build_dataset
 from dabnn.errors import DabError
 from orchestrator import tracking
 from orchestrator.cluster import Cluster
-from orchestrator.config import Config, load_config
+from orchestrator.config import Config, load_config, with_overrides
 from orchestrator.deliver import evaluate_file, export_run
 from orchestrator.home import home
 from orchestrator.job import Job
 from orchestrator.provenance import PROGRAM_ROOT
+from orchestrator.resolve import model_table
 from orchestrator.runs import RunStatus, follow_job, status
 from orchestrator.submit import submit
 
@@ -50,6 +51,7 @@ class DemoResult:
     Attributes:
         rows: The trained run and the trials.
         best: Name of the exported run.
+        best_run_id: Its id.
         file: The packed model.
         export: What `dab export` reported.
         evaluation: What `dab evaluate` measured on the packed file.
@@ -58,14 +60,15 @@ class DemoResult:
 
     rows: list[DemoRow]
     best: str
+    best_run_id: str
     file: str
     export: dict[str, Any]
     evaluation: dict[str, Any]
     tracking_uri: str
 
 
-def run_demo(say: Callable[[str], None]) -> DemoResult:
-    """Run the demo; `say` takes each line of progress.
+def run_demo(say: Callable[[str], None], on_wait: Callable[[str], None]) -> DemoResult:
+    """Run the demo; `say` takes each line of progress, `on_wait` what is waited for.
 
     Raises:
         DabError: A part failed; its message says which.
@@ -73,19 +76,20 @@ def run_demo(say: Callable[[str], None]) -> DemoResult:
     data = home() / "data" / "digits"
     say("1/5 building shards of 1,797 handwritten digits")
     build_dataset("builtin:digits", data)
-    config = load_config(EXAMPLE, [f"data.train={data}"])
+    config = with_overrides(load_config(EXAMPLE), {"data.train": str(data)})
     say("2/5 starting the cluster and the experiment tracker, then training with 2 workers")
-    trained = _finish(*submit(config, on_wait=say), say)
+    trained = _finish(*submit(config, on_wait=on_wait), say)
     say("3/5 searching over layers, schedule and learning rate")
-    swept = _finish(*submit(_sweep_config(config), sweep=True, on_wait=say), say)
-    rows = [_row(trained)] + [_row(trial) for trial in _trials(swept)]
-    best = max([trained, *_trials(swept)], key=lambda run: run.metrics.get("val_top1", 0.0))
+    swept = _finish(*submit(_sweep_config(config), sweep=True, on_wait=on_wait), say)
+    runs = [trained, *_trials(swept)]
+    best = max(runs, key=lambda run: run.metrics["val_top1"])
     say(f"4/5 packing the best run, {best.name}")
     file = home() / "demo" / "digits.safetensors"
     export = export_run(best.tracking_uri, best.run_id, file)
     say("5/5 evaluating the packed file on the held-out digits")
     evaluation = evaluate_file(file, data)
-    return DemoResult(rows, best.name, str(file), export, evaluation, best.tracking_uri)
+    rows = [_row(run) for run in runs]
+    return DemoResult(rows, best.name, best.run_id, str(file), export, evaluation, best.tracking_uri)
 
 
 def _sweep_config(config: Config) -> Config:
@@ -105,7 +109,8 @@ def _finish(job: Job, cluster: Cluster, say: Callable[[str], None]) -> RunStatus
 
 
 def _trials(sweep: RunStatus) -> Iterator[RunStatus]:
-    for record in tracking.find_runs(sweep.tracking_uri, parent=sweep.run_id):
+    records = tracking.find_runs(sweep.tracking_uri, parent=sweep.run_id)
+    for record in sorted(records, key=lambda record: record.name):
         trial = status(sweep.tracking_uri, record.run_id)
         if trial.metrics:
             yield trial
@@ -113,8 +118,6 @@ def _trials(sweep: RunStatus) -> Iterator[RunStatus]:
 
 def _row(run: RunStatus) -> DemoRow:
     config = Job.load(Path(run.folder)).parsed_config()
-    from orchestrator.resolve import model_table
-
     table = model_table(config)
     binary = [row.index for row in table.layers if row.binary_weights]
     layers = f"{binary[0]}-{binary[-1]}" if binary else "none"

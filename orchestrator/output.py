@@ -5,6 +5,7 @@ they found; how it looks is decided here.
 """
 
 import json
+import math
 import shlex
 import sys
 import time
@@ -71,7 +72,7 @@ class Output:
             human: What a person reads instead, `str()` of it; None writes one `key: value` line for each key of `data`.
         """
         if self.is_json:
-            text = json.dumps(data, default=_plain, ensure_ascii=False)
+            text = json.dumps(_finite(data), default=lambda value: _finite(_plain(value)), ensure_ascii=False)
         else:
             text = _key_lines(_plain_mapping(data)) if human is None else str(human)
         print(text, file=sys.stdout)  # noqa: T201
@@ -94,11 +95,11 @@ class Output:
         if not self.is_json:
             self.note(f"next: {shlex.join(command)}")
 
-    def error(self, message: str, exit_code: int) -> None:
-        """Write why the command failed."""
+    def error(self, message: str, exit_code: int, details: Mapping[str, object] | None = None) -> None:
+        """Write why the command failed; as JSON with `details` beside the error."""
         self.note(f"error: {message}")
         if self.is_json:
-            self.result({"error": {"message": message, "exit_code": exit_code}})
+            self.result({**(details or {}), "error": {"message": message, "exit_code": exit_code}})
 
     @contextmanager
     def progress(self, description: str, unit: str = "") -> Iterator[Progress]:
@@ -221,6 +222,17 @@ def _plain(value: object) -> object:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} is no JSON value")
+
+
+def _finite(value: object) -> object:
+    """Return plain `value` with null for what JSON has no number for: NaN and the infinities."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def _plain_mapping(data: object) -> Mapping[str, object]:

@@ -25,6 +25,12 @@ def resolve(config: Config) -> Config:
         InvalidInputError: A data set or a shard is missing or truncated, classes differ, the model or its layer range
             does not exist.
     """
+    for field, place in (("storage", config.storage), ("data.train", config.data.train), ("data.val", config.data.val)):
+        if place is not None and "://" in place:
+            raise InvalidInputError(
+                f"{field}: {place} is a URL; this version reads and writes folders only. Name a folder that every node "
+                "sees."
+            )
     train, val = (load_manifest(Path(path)) for path in (config.data.train, config.data.val or config.data.train))
     if train.classes != val.classes:
         raise InvalidInputError(

@@ -14,6 +14,7 @@ from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import RunFolder
 from orchestrator import tracking
 from orchestrator.cluster import Cluster, find_cluster, job_client
+from orchestrator.home import home_folder
 from orchestrator.job import Job
 from orchestrator.submit import ensure_services, submit_job
 from orchestrator.tracking import RunRecord, Status
@@ -176,6 +177,8 @@ def stop(
     if current.status in ENDED:
         raise InvalidInputError(f"{current.name}: already {current.status}; there is nothing to stop.")
     is_trial = current.kind == "trial"
+    if is_trial and now:
+        raise InvalidInputError(f"--now: {current.name} shares the job of its sweep. Leave it out, or stop the sweep.")
     if is_trial or (not now and current.status == "running"):
         for folder in _stoppable(current):
             folder.request_stop()
@@ -206,7 +209,8 @@ def resume(uri: str, reference: str, on_wait: Callable[[str], None] | None = Non
             f"{current.name}: is a sweep, which cannot be resumed. Resume a trial of it, or submit the sweep again."
         )
     folder = RunFolder(Path(current.folder))
-    job = Job.load(folder.root).next_attempt()
+    # The tracker may have come back under another address since the last attempt.
+    job = replace(Job.load(folder.root).next_attempt(), tracking_uri=uri)
     cluster, _ = ensure_services(uri, on_wait)
     folder.clear_stop()
     folder.forget_result()
@@ -225,11 +229,15 @@ def read_logs(uri: str, reference: str, *, follow: bool = False) -> Iterator[str
     record = tracking.find_run(uri, reference)
     job_id = record.tags.get("dab.job_id")
     cluster = find_cluster()
-    if job_id is None or cluster is None:
+    if cluster is not None and job_id is not None and job_status(cluster, job_id) is not None:
+        yield from follow_job(cluster, job_id) if follow else [_job_log(cluster, job_id)]
+        return
+    kept = home_folder("logs") / "ray-session" / f"job-driver-{job_id}.log"
+    if not kept.exists():
         raise DabError(
             f"{record.name}: its log was kept by a cluster that is gone. Its record is in {folder_of(record).root}."
         )
-    yield from follow_job(cluster, job_id) if follow else [job_client(cluster).get_job_logs(job_id)]
+    yield kept.read_text(errors="replace")
 
 
 def follow_job(cluster: Cluster, job_id: str) -> Iterator[str]:
@@ -238,17 +246,10 @@ def follow_job(cluster: Cluster, job_id: str) -> Iterator[str]:
     Raises:
         DabError: The cluster went away.
     """
-    client = job_client(cluster)
     seen = 0
     while True:
-        try:
-            has_ended = client.get_job_status(job_id).value in _ENDED_JOBS
-            text = client.get_job_logs(job_id)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # requests' errors are OSErrors, refusals of the Jobs API RuntimeErrors
-            raise DabError(f"the Ray cluster: the job {job_id} cannot be followed any more ({error}).") from error
+        has_ended = job_status(cluster, job_id) not in _LIVING_JOBS
+        text = _job_log(cluster, job_id)
         if len(text) > seen:
             yield text[seen:]
             seen = len(text)
@@ -257,20 +258,35 @@ def follow_job(cluster: Cluster, job_id: str) -> Iterator[str]:
         time.sleep(1.0)
 
 
+def _job_log(cluster: Cluster, job_id: str) -> str:
+    try:
+        return job_client(cluster).get_job_logs(job_id)
+    except (OSError, RuntimeError) as error:  # requests' errors are OSErrors, refusals of the Jobs API RuntimeErrors
+        raise DabError(f"the Ray cluster: the log of job {job_id} cannot be read any more ({error}).") from error
+
+
 def _job_status(record: RunRecord) -> str | None:
     job_id = record.tags.get("dab.job_id")
     cluster = find_cluster()
     if job_id is None or cluster is None:
         return None
-    return job_status(cluster, job_id)
+    known = job_status(cluster, job_id)
+    # A queued run gets its job's name a moment before the cluster gets the job.
+    return "PENDING" if known is None and record.status == "queued" else known
 
 
 def job_status(cluster: Cluster, job_id: str) -> str | None:
-    """Return Ray's status of a job, or None when the cluster does not know it."""
+    """Return Ray's status of a job, or None when the cluster does not know it.
+
+    Raises:
+        DabError: The cluster went away.
+    """
     try:
         return str(job_client(cluster).get_job_status(job_id).value)
     except RuntimeError:
         return None  # the client says "does not exist" this way
+    except OSError as error:
+        raise DabError(f"the Ray cluster: its Jobs API does not answer any more ({error}).") from error
 
 
 def _stoppable(current: RunStatus) -> list[RunFolder]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dabnn.errors import InvalidInputError
+from dabnn.errors import DabError, InvalidInputError
 from orchestrator import tracking
 from orchestrator.cluster import Cluster, client_env, ensure_cluster, job_client
 from orchestrator.config import Config, flatten, resolve_paths, to_dict, to_yaml
@@ -89,12 +89,7 @@ def submit(config: Config, *, sweep: bool = False, on_wait: Callable[[str], None
             f"`dab cluster up --num-cpus {math.ceil(ready.cpus)}`."
         )
     job = _create_run(ready, uri, "sweep" if sweep else "train")
-    try:
-        submit_job(job, cluster)
-    except BaseException:  # an interruption, too: a run without a job would stay queued for ever
-        tracking.set_tags(uri, job.run_id, {"dab.message": "the job could not be submitted"})
-        tracking.set_status(uri, job.run_id, "failed")
-        raise
+    submit_job(job, cluster)
     return job, cluster
 
 
@@ -118,8 +113,24 @@ def ensure_services(uri: str | None, on_wait: Callable[[str], None] | None = Non
 
 
 def submit_job(job: Job, cluster: Cluster) -> None:
-    """Hand `job` to the Jobs API of `cluster`. The entrypoint holds nothing that a user chose: it is a shell line."""
-    job.save()
+    """Hand `job` to the Jobs API of `cluster`. The entrypoint holds nothing that a user chose: it is a shell line.
+
+    Raises:
+        DabError: The cluster or the tracker did not take it; the run is marked as failed.
+    """
+    uri, run_id = job.tracking_uri, job.run_id
+    try:
+        job.save()
+        # First the tag, then the job: whoever asks for the status in between finds a job that is not known yet.
+        tracking.set_tags(uri, run_id, {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt)})
+        _hand_over(job, cluster)
+    except BaseException as error:  # an interruption, too: a run without a job would stay queued for ever
+        tracking.set_tags(uri, run_id, {"dab.message": f"the job could not be submitted: {error}"})
+        tracking.set_status(uri, run_id, "failed")
+        raise
+
+
+def _hand_over(job: Job, cluster: Cluster) -> None:
     program = "jobs.sweep" if job.kind == "sweep" else "jobs.train"
     variables = client_env(cluster) | {
         VARIABLE: job.to_json(),
@@ -134,13 +145,15 @@ def submit_job(job: Job, cluster: Cluster) -> None:
     client = job_client(cluster)
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    client.submit_job(
-        entrypoint=f"exec {shlex.quote(sys.executable)} -m {program}",
-        submission_id=job.job_id,
-        runtime_env={"working_dir": str(snapshot()), "env_vars": variables},
-        metadata={"dab_run_id": job.run_id, "kind": job.kind},
-    )
-    tracking.set_tags(job.tracking_uri, job.run_id, {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt)})
+    try:
+        client.submit_job(
+            entrypoint=f"exec {shlex.quote(sys.executable)} -m {program}",
+            submission_id=job.job_id,
+            runtime_env={"working_dir": str(snapshot()), "env_vars": variables},
+            metadata={"dab_run_id": job.run_id, "kind": job.kind},
+        )
+    except (OSError, RuntimeError) as error:  # requests' errors are OSErrors, refusals of the Jobs API RuntimeErrors
+        raise DabError(f"the Ray cluster: it did not take the job ({error}).") from error
 
 
 def _create_run(ready: Plan, uri: str, kind: str) -> Job:

@@ -122,9 +122,9 @@ def _has_binary_weights(conv: nn.Conv2d) -> bool:
 
 
 def _saved_bytes(conv: nn.Conv2d) -> int:
-    per_filter = conv.weight[0].numel()
-    packed = -(-per_filter // 8) + SCALAR_BYTES_PER_FILTER
-    return conv.out_channels * (FLOAT_BYTES * per_filter - packed)
+    num_weights = conv.weight.numel()
+    packed = -(-num_weights // 8) + SCALAR_BYTES_PER_FILTER * conv.out_channels
+    return FLOAT_BYTES * num_weights - packed
 
 
 def _float_buffers(net: nn.Module) -> list[Tensor]:
