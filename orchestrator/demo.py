@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dabnn.checkpoints import BEST_METRIC
 from dabnn.data import build_dataset
 from dabnn.errors import DabError
 from orchestrator import tracking
@@ -82,7 +83,7 @@ def run_demo(say: Callable[[str], None], on_wait: Callable[[str], None]) -> Demo
     say("3/5 searching over layers, schedule and learning rate")
     swept = _finish(*submit(_sweep_config(config), sweep=True, on_wait=on_wait), say)
     runs = [trained, *_trials(swept)]
-    best = max(runs, key=lambda run: run.metrics["val_top1"])
+    best = max(runs, key=_best_top1)
     say(f"4/5 packing the best run, {best.name}")
     file = home() / "demo" / "digits.safetensors"
     export = export_run(best.tracking_uri, best.run_id, file)
@@ -112,7 +113,7 @@ def _trials(sweep: RunStatus) -> Iterator[RunStatus]:
     records = tracking.find_runs(sweep.tracking_uri, parent=sweep.run_id)
     for record in sorted(records, key=lambda record: record.name):
         trial = status(sweep.tracking_uri, record.run_id)
-        if trial.metrics:
+        if trial.checkpoints:
             yield trial
 
 
@@ -121,4 +122,9 @@ def _row(run: RunStatus) -> DemoRow:
     table = model_table(config)
     binary = [row.index for row in table.layers if row.binary_weights]
     layers = f"{binary[0]}-{binary[-1]}" if binary else "none"
-    return DemoRow(run.name, layers, config.schedule.name, run.metrics["val_top1"], table.packed_bytes)
+    return DemoRow(run.name, layers, config.schedule.name, _best_top1(run), table.packed_bytes)
+
+
+def _best_top1(run: RunStatus) -> float:
+    """Return the accuracy of the checkpoint that an export would take, percent."""
+    return max(float(checkpoint["metrics"].get(BEST_METRIC, 0.0)) for checkpoint in run.checkpoints)

@@ -110,7 +110,7 @@ def make_scheduler(search: Search, epochs: int) -> Any:
         time_attr="epoch",
         metric=objective.metric,
         mode=objective.mode,
-        max_t=epochs,
+        max_t=epochs + 1,  # a trial that gets to its last epoch ends itself, with its result and checkpoint
         grace_period=grace,
         reduction_factor=2,
     )

@@ -100,7 +100,7 @@ def test_no_trial_is_stopped_in_its_first_quarter_nor_before_the_third_epoch() -
     space = {START: {"int": [2, 3]}}
     scheduler = make_scheduler(search_of(space), epochs=40)
     assert isinstance(scheduler, ASHAScheduler)
-    assert (scheduler._max_t, scheduler._brackets[0]._rungs[-1][0]) == (40, 10)
+    assert (scheduler._max_t, scheduler._brackets[0]._rungs[-1][0]) == (41, 10)
     assert make_scheduler(search_of(space), epochs=6)._brackets[0]._rungs[-1][0] == 3
 
 
