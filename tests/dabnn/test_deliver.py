@@ -89,6 +89,14 @@ def test_data_of_other_classes_is_refused(file: Path, photos: Path) -> None:
         evaluate_on(packed, packed.spec, packed.normalization, photos)
 
 
+def test_data_whose_classes_have_other_names_is_refused(file: Path, digits: Path) -> None:
+    packed = load_packed(file)
+    assert packed.normalization is not None
+    renamed = ("zero", *packed.classes[1:]) if packed.classes else ()
+    with pytest.raises(InvalidInputError, match=r"has a class '0' where the network knows 'zero'"):
+        evaluate_on(packed, packed.spec, packed.normalization, digits, classes=renamed)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of two classes."""

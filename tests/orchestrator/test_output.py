@@ -50,6 +50,16 @@ def test_an_error_is_a_line_for_a_person_and_a_document_for_a_program(capsys):
     assert captured.err == "error: data.train: missing\n"
 
 
+def test_a_number_that_json_does_not_have_is_null(capsys):
+    Output(is_json=True).result({"loss": float("nan"), "deep": [{"rate": float("inf")}, 1.5]})
+    assert capsys.readouterr().out == '{"loss": null, "deep": [{"rate": null}, 1.5]}\n'
+
+
+def test_an_error_brings_its_details_to_a_program(capsys):
+    Output(is_json=True).error("it failed", 1, {"run_id": "3f"})
+    assert json.loads(capsys.readouterr().out) == {"run_id": "3f", "error": {"message": "it failed", "exit_code": 1}}
+
+
 def test_a_table_aligns_numbers_right_and_text_left():
     table = Table.of([{"name": "a", "macs": 1200}, {"name": "longer", "macs": None}], ["name", "macs"])
     assert str(table).splitlines() == ["name     macs", "a       1,200", "longer      -"]

@@ -92,3 +92,8 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_with_both_sizes(digi
         check_room(resolve(kept), tmp_path / "not" / "yet")
     check_room(resolve(config(digits)), tmp_path / "not" / "yet")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("field", ["storage", "data.train", "data.val"])
+def test_a_url_is_refused_instead_of_becoming_a_folder(field: str, digits: Path) -> None:
+    assert refusal(digits, f"{field}=s3://bucket/x").startswith(f"{field}: s3://bucket/x is a URL")
