@@ -197,7 +197,7 @@ class _Loop:
                 if error:
                     return self._result("failed", error)
             elif is_stopping and self._saved_step != self.position.step:
-                self._save({})
+                self._save({} if self.position.step_in_epoch else self.metrics)
             if is_stopping and self.position.epoch < self.spec.epochs:
                 return self._result("stopped", reason)
         return self._result("finished", "")

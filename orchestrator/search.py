@@ -67,6 +67,15 @@ def grid_points(space: dict[str, Domain]) -> list[dict[str, Any]]:
     return [point for point in points if point.get(START) is None or point.get(END, point[START]) >= point[START]]
 
 
+def widest_range(space: dict[str, Domain]) -> dict[str, Any]:
+    """Return the point of `space` with the most binary layers, to be checked against the model before anything runs."""
+    point: dict[str, Any] = {}
+    for key, pick in ((START, min), (END, max)):
+        values = [value for value in space[key].values if isinstance(value, int)] if key in space else []
+        point |= {key: pick(values)} if values else {}
+    return point
+
+
 def trial_config(config: Config) -> Config:
     """Return the configuration of a trial before its point is applied: no search, its own number of epochs."""
     epochs = (config.search and config.search.epochs) or config.train.epochs

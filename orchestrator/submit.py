@@ -13,12 +13,13 @@ from typing import Any
 from dabnn.errors import DabError, InvalidInputError
 from orchestrator import tracking
 from orchestrator.cluster import Cluster, client_env, ensure_cluster, job_client
-from orchestrator.config import Config, flatten, resolve_paths, to_dict, to_yaml
+from orchestrator.config import Config, flatten, resolve_paths, to_dict, to_yaml, with_overrides
 from orchestrator.home import home_folder
 from orchestrator.job import VARIABLE, Job
 from orchestrator.package import snapshot
 from orchestrator.provenance import provenance
 from orchestrator.resolve import check_room, manifest_of, model_table, resolve
+from orchestrator.search import trial_config, widest_range
 from orchestrator.tracking_server import ensure_tracking
 
 STOP_GRACE_S = 60
@@ -57,6 +58,8 @@ def plan(config: Config, *, sweep: bool) -> Plan:
             "`dab config schema` describes it."
         )
     config = resolve(resolve_paths(config))
+    if config.search is not None and sweep:
+        resolve(with_overrides(trial_config(config), widest_range(config.search.space)))
     storage = Path(config.storage) if config.storage else home_folder("storage")
     check_room(config, storage)
     table = model_table(config)

@@ -36,6 +36,15 @@ def test_a_sweep_without_a_space_is_refused(digits: Path) -> None:
         plan(config, sweep=True)
 
 
+def test_a_space_that_leaves_the_model_is_refused_before_a_trial_meets_it(digits: Path) -> None:
+    wide = [
+        f"data.train={digits}",
+        "search.space={binarize.bin_end: {int: [5, 9]}, schedule.name: {choice: [cosine, decay]}}",
+    ]
+    with pytest.raises(InvalidInputError, match=r"^binarize\.bin_end: 9 is outside the model, which has 8"):
+        plan(load_config(EXAMPLE, wide), sweep=True)
+
+
 def test_a_tracker_that_does_not_answer_is_named_before_anything_starts(
     digits: Path, own_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
