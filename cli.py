@@ -236,8 +236,9 @@ def stop(
     from orchestrator import commands
 
     out = Output(is_json=as_json)
-    out.result(*commands.stop_run(uri, run, now=now, grace_s=grace_s, say=out.note))
-    out.hint("dab", "resume", run)
+    data, text = commands.stop_run(uri, run, now=now, grace_s=grace_s, say=out.note)
+    out.result(data, text)
+    out.hint("dab", *(["export", run, "-o", "model.safetensors"] if data["kind"] == "sweep" else ["resume", run]))
 
 
 @app.command("resume", epilog="Example: dab resume 3f2a")

@@ -430,6 +430,21 @@ def test_a_finished_search_is_not_resumed_and_a_run_without_checkpoint_is_not_ex
     assert done.code == 2
 
 
+def test_a_stopped_search_has_a_checkpoint_of_every_trial_and_starts_no_other(dab: Dab, digits: Path) -> None:
+    changes = ["cluster.num_workers=1", "search.epochs=500", "search.num_trials=5", "search.max_concurrent=2"]
+    run_id = detached(dab, [*narrow(digits, "endless", *changes), "--sweep"])
+    wait_until(lambda: len(list(dab.folder(run_id).root.glob("trials/*/metrics.jsonl"))) == 2)
+    stopped = dab.ok("stop", run_id)
+    assert stopped["status"] == "stopped"
+    assert "stopped before all trials ran" in stopped["message"]
+    trials = tracking.find_runs(stopped["tracking_uri"], parent=run_id)
+    assert [trial.status for trial in trials] == ["stopped", "stopped"]
+    for trial in trials:
+        status = dab.ok("status", trial.run_id)
+        assert status["checkpoints"][-1]["step"] == status["step"] > 0
+    assert dab("resume", run_id).message.startswith("endless: is a sweep, which cannot be resumed.")
+
+
 def test_a_run_stopped_at_once_is_gone_when_the_command_returns(
     dab: Dab, side_by_side: tuple[Sweep, Sweep, dict[str, Any]]
 ) -> None:
