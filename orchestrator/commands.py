@@ -38,6 +38,7 @@ def patiently(say: Say) -> Say:
 
 def tracking_uri(uri: str | None, say: Say) -> str:
     """Return the address of the tracker: `uri`, or this machine's own server, started if it does not run."""
+    say("asking the experiment tracker")
     return uri or ensure_tracking(on_wait=patiently(say))
 
 
