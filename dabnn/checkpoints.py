@@ -63,6 +63,8 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     for commit in sorted(folder.glob("step-*.json")):
         try:
             entry = json.loads(commit.read_text())
+        except FileNotFoundError:
+            continue  # retention removed it since the folder was listed
         except json.JSONDecodeError:
             _log.warning("%s: unreadable (a crash of the machine?); this checkpoint does not count", commit)
             continue

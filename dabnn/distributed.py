@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 COLLECTIVE_TIMEOUT_S = 300  # a rank that was killed is noticed by Ray within seconds; this ends a hang
-# The increments of splitmix64 (Steele et al., OOPSLA 2014), which spread small integers over 64 bits.
+# Constants of splitmix64 (Steele et al., OOPSLA 2014), which spread small integers over 64 bits.
 _GAMMA, _MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 _MASK = 2**64 - 1
 

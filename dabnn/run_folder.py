@@ -84,6 +84,7 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Replace `result.json`."""
+        self.root.mkdir(parents=True, exist_ok=True)
         write_json(self.root / "result.json", result)
 
     def result(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 from dabnn.checkpoints import Checkpoint, CheckpointWriter, load_state, restore_point
 from dabnn.data import Batch, Stream, load_manifest, open_stream
 from dabnn.data.transforms import make_transform
-from dabnn.distributed import World, deterministic, seed_step, share_buffers, wrap
+from dabnn.distributed import COLLECTIVE_TIMEOUT_S, World, deterministic, seed_step, share_buffers, wrap
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.evaluate import Totals, count
 from dabnn.models import ModelSpec, build
@@ -45,6 +46,7 @@ from dabnn.spec import TrainSpec
 _log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 1.0
+_DIVERGED_ADVICE = "Lower optim.max_lr or raise schedule.warmup_epochs."
 
 
 class Verdict(Enum):
@@ -124,6 +126,9 @@ def train(spec: TrainSpec, folder: RunFolder, *, world: World, observer: Observe
         How it ended, equal on all ranks. A specification that does not fit data, model or checkpoint, a damaged sample,
         a full disk or a loss that is not finite is a result with status "failed", not an exception, because a restart
         would meet it again.
+
+    Raises:
+        DabError: Not even the result could be written.
     """
     with deterministic():
         loop = _Loop(spec, folder, world, observer or Silent())
@@ -162,7 +167,8 @@ class _Loop:
             self._error = error
         reasons = [f"rank {rank}: {reason}" for rank, reason in enumerate(self.world.gather(self._reason())) if reason]
         if reasons:
-            return TrainResult("failed", reasons[0], self.position.epoch, self.position.step, {}, "")
+            epoch, step = (found.epoch, found.step) if found else (0, 0)
+            return TrainResult("failed", reasons[0], epoch, step, {}, "")
         spec = self.net.spec
         self.model = wrap(self.net, self.world, (spec.in_channels, spec.input_size, spec.input_size))
         if self.world.is_main:
@@ -261,14 +267,14 @@ class _Loop:
     def _finish_epoch(self, is_stopping: bool) -> str:
         """Validate, record and save; return why the run cannot go on, or nothing."""
         duration_s = time.monotonic() - self._started
-        self.position.epoch += 1
-        self.position.step_in_epoch = 0
         metrics = self.totals.over(self.world).metrics("train_")
         self.totals = Totals()
         metrics |= self._validate()
         decision, reason = self._agree()
         if decision is Verdict.RANK_ERROR:
             return self._explain(decision, reason)
+        self.position.epoch += 1
+        self.position.step_in_epoch = 0
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         metrics["images_per_s"] = self._seen / duration_s
         metrics["epoch_s"] = duration_s
@@ -304,11 +310,15 @@ class _Loop:
         """Write a checkpoint of the current position; every rank must call it, rank 0 writes."""
         totals = self.totals.over(self.world)
         self._saved_step = self.position.step
-        if not self.world.is_main:
+        if not self.world.is_main or self._error is not None:
+            return
+        weights = self.net.state_dict()
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            self._error = DabError(f"weights: not finite after step {self.position.step}. {_DIVERGED_ADVICE}")
             return
         state = {
             "model": asdict(self.net.spec),
-            "net": self.net.state_dict(),
+            "net": weights,
             "optimizer": self.optimizer.state_dict(),
             "position": asdict(self.position),
             "totals": asdict(totals),
@@ -343,7 +353,7 @@ class _Loop:
 
     def _report_progress(self) -> None:
         now = time.monotonic()
-        if self.world.is_main and now - self._progress_time >= PROGRESS_INTERVAL_S:
+        if self.world.is_main and self._seen and now - self._progress_time >= PROGRESS_INTERVAL_S:
             self._progress_time = now
             self._write_progress(self._seen / (now - self._started))
 
@@ -377,8 +387,8 @@ class _Loop:
             own = f"rank {self.world.rank}: loss {self._last_loss}"
         details = "; ".join(detail for detail in self.world.gather(own) if detail)
         place = f"epoch {self.position.epoch + 1}, step {self.position.step}"
-        advice = " Lower optim.max_lr or raise schedule.warmup_epochs." if decision is Verdict.NOT_FINITE else ""
-        return f"{reason} ({place}). {details}.{advice}"
+        advice = f" {_DIVERGED_ADVICE}" if decision is Verdict.NOT_FINITE else ""
+        return f"{reason} ({place}). {details.rstrip('.')}.{advice}"
 
     def _result(self, status: str, message: str) -> TrainResult:
         try:
@@ -446,7 +456,8 @@ def main() -> None:
         else torch.device("cpu")
     )
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     try:
         result = train(TrainSpec.from_file(arguments.spec), RunFolder(arguments.folder), world=World.current(device))
     except DabError as error:

@@ -10,19 +10,30 @@ from typing import Any
 
 from dabnn.checkpoints import list_checkpoints
 from dabnn.errors import DabError
+from dabnn.run_folder import RunFolder
 from orchestrator import tracking
 from orchestrator.job import Job
 
 _log = logging.getLogger(__name__)
 
 
-FLUSH_TIMEOUT_S = 20  # how long a job that is over waits for the tracker; what is left is sent by a later attempt
+FLUSH_TIMEOUT_S = (
+    20  # how long a job that is over waits for the tracker; the rest is sent by a later attempt or `dab status`
+)
 
 
 def record_start(job: Job) -> None:
     """Mark the run as running and name its attempt."""
     _tolerate(lambda: tracking.set_tags(job.tracking_uri, job.run_id, {"dab.attempt": str(job.attempt)}))
     _tolerate(lambda: tracking.set_status(job.tracking_uri, job.run_id, "running"))
+
+
+def leave_result(folder: RunFolder, result: dict[str, Any]) -> None:
+    """Leave how the run ended in its folder; a full disk must not hide it from whoever reads the log or the tracker."""
+    try:
+        folder.write_result(result)
+    except OSError as error:
+        _log.warning("%s: the result cannot be written (%s): %s", folder.root, error, result)
 
 
 def record_end(job: Job, result: dict[str, Any]) -> None:

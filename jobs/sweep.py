@@ -7,6 +7,7 @@ nested trainer and takes no CPU itself.
 
 import logging
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray import tune
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
 from jobs.launch import check_capacity, launch
-from jobs.record import record_end, record_start
+from jobs.record import leave_result, record_end, record_start
 from jobs.train import say
 from jobs.trials import ReportToTune, TrialRecorder, follow_nested, trial_folder
 from orchestrator.config import Config, with_overrides
@@ -37,7 +38,7 @@ def main() -> int:
         result = _search(job, config)
     except DabError as error:
         result = {"status": "failed", "message": str(error)}
-    job.run_folder.write_result(result)
+    leave_result(job.run_folder, result)
     record_end(job, result)
     say(f"sweep {job.name}: {result['status']}{': ' + result['message'] if result['message'] else ''}")
     return 1 if result["status"] == "failed" else 0
@@ -98,18 +99,20 @@ def _run_trial(values: dict[str, Any], job: Job) -> None:
     """
     folder = trial_folder(job, tune.get_context().get_trial_id())
     if job.run_folder.is_stop_requested():
+        if not folder.result():
+            leave_result(folder, {"status": "stopped", "message": "stopped with the sweep"})
         return
     try:
         config = with_overrides(trial_config(job.parsed_config()), values.get("point", values))
         _train_trial(config, folder)
     except DabError as error:
-        folder.write_result({"status": "failed", "message": str(error)})
+        leave_result(folder, {"status": "failed", "message": str(error)})
 
 
 def _train_trial(config: Config, folder: RunFolder) -> None:
     observer = ReportToTune(float(model_table(config).packed_bytes))
     if config.cluster.num_workers > 1:
-        name = f"{folder.root.name}-a{len(folder.attempts()) + 1}"
+        name = f"{folder.root.name}-{uuid.uuid4().hex[:8]}"  # a name used before would continue Ray's own state
         follow_nested(folder, observer, lambda: launch(train_spec(config), folder, config.cluster, name))
     else:
         _train_here(config, folder, observer)

@@ -18,7 +18,7 @@ import ray
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
 from jobs.launch import launch
-from jobs.record import FLUSH_TIMEOUT_S, record_end, record_start
+from jobs.record import FLUSH_TIMEOUT_S, leave_result, record_end, record_start
 from orchestrator.job import Job
 from orchestrator.resolve import train_spec
 from orchestrator.tracking import MetricFollower
@@ -40,7 +40,7 @@ def main() -> int:
             result = launch(train_spec(config), folder, config.cluster, job.job_id)
         except DabError as error:
             result = {"status": "failed", "message": str(error)}
-            folder.write_result(result)
+            leave_result(folder, result)
     record_end(job, result)
     say(f"run {job.name}: {result['status']}{': ' + result['message'] if result['message'] else ''}")
     return 1 if result["status"] == "failed" else 0

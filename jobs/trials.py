@@ -10,7 +10,7 @@ from ray import tune
 
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
-from jobs.record import FLUSH_TIMEOUT_S, record_best, record_end
+from jobs.record import FLUSH_TIMEOUT_S, leave_result, record_best, record_end, record_start
 from jobs.train import say
 from orchestrator import tracking
 from orchestrator.config import Search, flatten, to_dict, with_overrides
@@ -27,7 +27,7 @@ def trial_folder(job: Job, trial_id: str) -> RunFolder:
 
 
 class ReportToTune:
-    """Tells Ray Tune about each finished epoch of a trial that trains in the trial's own process."""
+    """Tells Ray Tune about each finished epoch of a trial."""
 
     def __init__(self, packed_bytes: float) -> None:
         self._packed_bytes = packed_bytes
@@ -106,7 +106,7 @@ class TrialRecorder(tune.Callback):
         """Flush metrics and return the result of the sweep: status, message, metrics and run of the best trial."""
         for trial_id, child in self._children.items():
             if trial_id not in self._ended:
-                self._end_child(trial_id, child, "stopped", "stopped with the sweep")
+                self._end_child(trial_id, child)
         if self._follower is not None:
             self._follower.close(timeout_s=FLUSH_TIMEOUT_S)
         objective = self._search.objectives[0]
@@ -144,7 +144,6 @@ class TrialRecorder(tune.Callback):
             run_id = tracking.create_run(
                 uri, self._job.experiment, name, params=flatten(config), tags=tags, parent=parent
             )
-            tracking.set_status(uri, run_id, "running")
         except DabError as error:
             say(f"trial {name} is not in MLflow yet: {error}")
             return
@@ -159,20 +158,21 @@ class TrialRecorder(tune.Callback):
         )
         child.save()
         self._children[trial.trial_id] = child
+        record_start(child)
         if self._follower is not None:
             self._follower.follow(folder.metrics_file, run_id)
 
     def _end(self, trial: Any, status: str, message: str) -> None:
         self._track(trial)
+        folder = trial_folder(self._job, trial.trial_id)
+        if not folder.result() or status == "failed":
+            leave_result(folder, {"status": status, "message": message or "stopped early"})
         child = self._children.get(trial.trial_id)
         if child is not None and trial.trial_id not in self._ended:
-            self._end_child(trial.trial_id, child, status, message)
+            self._end_child(trial.trial_id, child)
 
-    def _end_child(self, trial_id: str, child: Job, status: str, message: str) -> None:
-        result = child.run_folder.result()
-        if not result or status == "failed":
-            result = {"status": status, "message": message or "stopped early"}
-            child.run_folder.write_result(result)
+    def _end_child(self, trial_id: str, child: Job) -> None:
+        result = child.run_folder.result() or {"status": "stopped", "message": "stopped with the sweep"}
         self._ended[trial_id] = result["status"]
         record_end(child, result)
         epochs = child.run_folder.metrics()

@@ -99,7 +99,7 @@ def best_run(uri: str, reference: str) -> RunRecord:
     record = tracking.find_run(uri, reference)
     if record.tags.get("dab.kind") != "sweep":
         return record
-    best = record.tags.get("dab.best_run")
+    best = record.tags.get("dab.best_run") or folder_of(record).result().get("best")
     if best is None:
         raise InvalidInputError(
             f"{record.name}: this sweep has no best trial yet. Wait for it to end, or name a trial."

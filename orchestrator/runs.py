@@ -176,7 +176,9 @@ def stop(
     current = status(uri, reference)
     if current.status in ENDED:
         raise InvalidInputError(f"{current.name}: already {current.status}; there is nothing to stop.")
-    is_trial = current.kind == "trial"
+    own_job = f"dab-{current.run_id[:16]}-"  # a trial that was resumed has a job of its own
+    job_id = tracking.find_run(uri, current.run_id).tags.get("dab.job_id", "")
+    is_trial = current.kind == "trial" and not job_id.startswith(own_job)
     if is_trial and now:
         raise InvalidInputError(f"--now: {current.name} shares the job of its sweep. Leave it out, or stop the sweep.")
     if is_trial or (not now and current.status == "running"):
@@ -187,6 +189,9 @@ def stop(
     if is_trial:
         raise DabError(f"{current.name}: did not end within {grace_s:.0f} s; `dab stop` of its sweep ends all trials.")
     _stop_job(tracking.find_run(uri, current.run_id), on_wait)
+    last = status(uri, current.run_id)
+    if last.status == "finished":  # it came to its end in the meantime
+        return last
     tracking.set_tags(uri, current.run_id, {"dab.message": "stopped without a last checkpoint"})
     tracking.set_status(uri, current.run_id, "stopped")
     return status(uri, current.run_id)
@@ -214,7 +219,7 @@ def resume(uri: str, reference: str, on_wait: Callable[[str], None] | None = Non
     cluster, _ = ensure_services(uri, on_wait)
     folder.clear_stop()
     folder.forget_result()
-    tracking.set_tags(uri, job.run_id, {"dab.message": ""})
+    tracking.set_tags(uri, job.run_id, {"dab.message": "", "dab.job_id": job.job_id})
     tracking.set_status(uri, job.run_id, "queued")
     submit_job(job, cluster)
     return job, cluster

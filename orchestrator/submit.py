@@ -128,7 +128,8 @@ def submit_job(job: Job, cluster: Cluster) -> None:
         tracking.set_tags(uri, run_id, {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt)})
         _hand_over(job, cluster)
     except BaseException as error:  # an interruption, too: a run without a job would stay queued for ever
-        tracking.set_tags(uri, run_id, {"dab.message": f"the job could not be submitted: {error}"})
+        reason = str(error) or type(error).__name__
+        tracking.set_tags(uri, run_id, {"dab.message": f"the job could not be submitted: {reason}"})
         tracking.set_status(uri, run_id, "failed")
         raise
 

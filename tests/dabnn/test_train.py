@@ -13,7 +13,7 @@ from dabnn.checkpoints import best_checkpoint, list_checkpoints, load_state
 from dabnn.distributed import World
 from dabnn.errors import InvalidInputError
 from dabnn.run_folder import RunFolder
-from dabnn.spec import CheckpointPolicy, TrainSpec
+from dabnn.spec import CheckpointPolicy, OptimSpec, TrainSpec
 from dabnn.train import TrainResult, Verdict, train, verdict
 
 
@@ -130,10 +130,17 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_names_the_place(digits: Pat
     assert "optim.max_lr" in result.message
 
 
-def test_weights_that_are_not_finite_are_never_saved(digits: Path, tmp_path: Path) -> None:
-    spec = small_spec(digits, checkpoint=CheckpointPolicy(every_steps=1, keep_last=1))
-    diverging = replace(spec, schedule=replace(spec.schedule, name="constant", max_lr=1e36))
-    assert run(diverging, tmp_path).status == "failed"
+@pytest.mark.parametrize(
+    ("name", "optimizer", "max_lr"), [("bincifarfbin", "adam", 1e36), ("bincifar", "sgd", 1e4), ("bincifar", "sgd", 10)]
+)
+def test_weights_that_are_not_finite_are_never_saved(
+    name: str, optimizer: str, max_lr: float, digits: Path, tmp_path: Path
+) -> None:
+    spec = small_spec(digits, checkpoint=CheckpointPolicy(every_steps=1, keep_last=1), optim=OptimSpec(optimizer))
+    schedule = replace(spec.schedule, name="constant", max_lr=max_lr)
+    result = run(replace(spec, model=spec.model | {"name": name}, schedule=schedule), tmp_path)
+    assert result.status == "failed"
+    assert "not finite" in result.message
     for checkpoint in list_checkpoints(RunFolder(tmp_path).checkpoints):
         assert all(tensor.isfinite().all() for tensor in load_state(checkpoint.path)["net"].values())
 
@@ -143,6 +150,7 @@ def test_resuming_with_other_data_is_refused(digits: Path, small_digits: Path, t
     result = run(small_spec(small_digits, epochs=2), tmp_path)
     assert result.status == "failed"
     assert re.match(r"rank 0: data\.train: .* has other samples", result.message)
+    assert (result.epoch, result.step) == (first.epoch, first.step)
     assert list_checkpoints(RunFolder(tmp_path).checkpoints)[-1].step == first.step
 
 
