@@ -91,7 +91,7 @@ endef
 $(STAMP): requirements.lock pyproject.toml | $(UV)
 	@$(need_python)
 	@test -x $(BIN)/python || { \
-	echo "Creating .venv: about 5 GB of packages, minutes the first time, seconds from a warm cache." >&2; \
+	echo "Creating .venv: about 6 GB of packages, minutes the first time, seconds from a warm cache." >&2; \
 	$(UV) venv --quiet --clear --python "$(PYTHON)" .venv; }
 	$(UV) pip sync --python $(BIN)/python requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .

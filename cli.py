@@ -159,6 +159,14 @@ def config_show(config: ConfigFile, overrides: Set = None, as_json: Json = False
     Output(is_json=as_json).result(to_dict(resolved), to_yaml(resolved).rstrip())
 
 
+@config_app.command("spec", epilog="Example: dab config spec examples/digits.yaml --set data.train=digits > spec.json")
+def config_spec(config: ConfigFile, overrides: Set = None, as_json: Json = False) -> None:
+    """Print the specification that `torchrun -m dabnn.train SPEC FOLDER` reads; it is JSON without --json too."""
+    from orchestrator import commands
+
+    Output(is_json=as_json).result(*commands.show_spec(config, overrides or []))
+
+
 @app.command("submit", epilog="Example: dab submit examples/digits.yaml --set data.train=digits --set train.epochs=10")
 def submit(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML configuration.")] = None,
@@ -248,7 +256,7 @@ def resume(run: Run, detach: Detach = False, uri: TrackingUri = None, as_json: J
 
     out = Output(is_json=as_json)
     out.result(*commands.resume_run(uri, run, detach=detach, say=out.note))
-    out.hint("dab", "status", run)
+    out.hint("dab", *(["logs", run, "--follow"] if detach else ["status", run]))
 
 
 @app.command("export", epilog="Example: dab export 3f2a -o model.safetensors")
@@ -382,7 +390,7 @@ def _explain_usage(out: Output, error: TyperException) -> None:
         out.note(message)  # a group without a command answers with its help
     else:
         how = f" `{context.command_path} --help` says how." if context else ""
-        out.error(message + how, error.exit_code)
+        out.error(message.rstrip(".") + "." + how, error.exit_code)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What the commands about runs do and show: each function is one command and returns its JSON document and its text."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -9,10 +10,11 @@ from typing import Any
 from dabnn.errors import DabError, InvalidInputError
 from orchestrator import deliver, runs
 from orchestrator.cluster import Cluster, cluster_down, cluster_status, ensure_cluster
-from orchestrator.config import load_config, to_dict
+from orchestrator.config import load_config, resolve_paths, to_dict
 from orchestrator.demo import DemoResult, run_demo
 from orchestrator.job import Job
 from orchestrator.output import Table, View, duration_text
+from orchestrator.resolve import resolve, train_spec
 from orchestrator.runs import RunStatus
 from orchestrator.submit import plan, submit
 from orchestrator.tracking import RunRecord
@@ -49,13 +51,19 @@ def dry_run(config: Path | None, overrides: list[str], *, sweep: bool) -> View:
     lines = {
         "run": ready.config.name,
         "workers": f"{ready.config.cluster.num_workers} ({ready.cpus:g} CPUs)",
-        "model": ready.config.model.name,
+        "model": f"{ready.config.model.name}, {ready.num_binary_layers} layers with binary weights",
         "float model": f"{ready.float_bytes:,} bytes",
         "packed model": f"{ready.packed_bytes:,} bytes",
         "data": f"{ready.config.data.train} (manifest {ready.digest[:12]})",
         "storage": ready.storage,
     }
     return data, "\n".join(f"{key}: {value}" for key, value in lines.items())
+
+
+def show_spec(config: Path, overrides: list[str]) -> View:
+    """Return the specification that `python -m dabnn.train` reads, for training without Ray."""
+    spec = train_spec(resolve(resolve_paths(load_config(config, overrides)))).to_dict()
+    return spec, json.dumps(spec, indent=2)
 
 
 def submit_run(config: Path | None, overrides: list[str], *, sweep: bool, detach: bool, say: Say) -> View:
@@ -65,7 +73,7 @@ def submit_run(config: Path | None, overrides: list[str], *, sweep: bool, detach
     """
     wanted = load_config(config, overrides)
     say("checking data, model and configuration")
-    job, cluster = submit(wanted, sweep=sweep, on_wait=patiently(say))
+    job, cluster = submit(wanted, sweep=sweep, on_note=say, on_wait=patiently(say))
     say(f"submitted {job.name} as run {job.run_id[:_SHORT_ID]}, recorded on {job.tracking_uri}")
     return _follow_to_end(job, cluster, detach=detach, say=say)
 
@@ -160,6 +168,7 @@ def bring_cluster_up(num_cpus: int | None, port: int | None, dashboard_port: int
 
 def bring_cluster_down(say: Say) -> View:
     """End the embedded cluster and this machine's tracking server; what they recorded stays."""
+    say("ending the cluster with its jobs, and the experiment tracker")
     on_wait = patiently(say)
     ended = {"cluster": cluster_down(on_wait=on_wait), "tracking": tracking_down(on_wait=on_wait)}
     return {"stopped": ended}, "\n".join(

@@ -48,7 +48,7 @@ def resolve(config: Config) -> Config:
     if config.model.num_classes not in (None, num_classes):
         raise InvalidInputError(
             f"model.num_classes: {config.model.num_classes}, but {config.data.train} has {num_classes} classes. "
-            "Leave it out to take the data set's."
+            "Leave it out, or --set model.num_classes=null, to take the data set's."
         )
     resolved = with_overrides(config, {"model.num_classes": num_classes})
     model_table(resolved)

@@ -192,8 +192,7 @@ def stop(
     last = status(uri, current.run_id)
     if last.status == "finished":  # it came to its end in the meantime
         return last
-    tracking.set_tags(uri, current.run_id, {"dab.message": "stopped without a last checkpoint"})
-    tracking.set_status(uri, current.run_id, "stopped")
+    _record_late(uri, current.run_id, RunFolder(Path(current.folder)), "stopped", "stopped without a last checkpoint")
     return status(uri, current.run_id)
 
 

@@ -36,6 +36,7 @@ class Plan:
         packed_bytes: Size of the packed model.
         digest: Digest of the training data's manifest.
         cpus: CPUs that the workers need at once.
+        num_binary_layers: Layers with binary weights.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class Plan:
     packed_bytes: int
     digest: str
     cpus: float
+    num_binary_layers: int
 
 
 def plan(config: Config, *, sweep: bool) -> Plan:
@@ -64,15 +66,24 @@ def plan(config: Config, *, sweep: bool) -> Plan:
     check_room(config, storage)
     table = model_table(config)
     cpus = config.cluster.num_workers * config.cluster.cpus_per_worker
-    return Plan(config, str(storage), table.float_bytes, table.packed_bytes, manifest_of(config).digest, cpus)
+    num_binary_layers = sum(layer.binary_weights for layer in table.layers)
+    digest = manifest_of(config).digest
+    return Plan(config, str(storage), table.float_bytes, table.packed_bytes, digest, cpus, num_binary_layers)
 
 
-def submit(config: Config, *, sweep: bool = False, on_wait: Callable[[str], None] | None = None) -> tuple[Job, Cluster]:
+def submit(
+    config: Config,
+    *,
+    sweep: bool = False,
+    on_note: Callable[[str], None] = lambda _: None,
+    on_wait: Callable[[str], None] | None = None,
+) -> tuple[Job, Cluster]:
     """Submit a run or a sweep to the embedded cluster; cluster and tracker are started if they are not running.
 
     Args:
         config: As the user wrote it.
         sweep: Search over `config.search` instead of training once.
+        on_note: Told what the user should know about the run.
         on_wait: Told what is being waited for.
 
     Returns:
@@ -83,6 +94,11 @@ def submit(config: Config, *, sweep: bool = False, on_wait: Callable[[str], None
         DabError: Cluster or tracker could not be reached.
     """
     ready = plan(config, sweep=sweep)
+    if not ready.num_binary_layers and not sweep:
+        on_note(
+            f"no layer of {ready.config.model.name} has binary weights, so the packed model will not be smaller; set "
+            "binarize.bin_start and binarize.bin_end, or take a wbin or fbin variant"
+        )
     cluster, uri = ensure_services(ready.config.tracking.uri, on_wait)
     wanted = ready.config.cluster
     if ready.cpus > cluster.num_cpus:

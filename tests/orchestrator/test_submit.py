@@ -61,7 +61,15 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(
 ) -> None:
     assert cli.run(["submit", str(EXAMPLE), "--set", f"data.train={digits}", "--dry-run", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert set(shown) == {"config", "storage", "float_bytes", "packed_bytes", "digest", "cpus"}
+    assert set(shown) == {
+        "config",
+        "storage",
+        "float_bytes",
+        "packed_bytes",
+        "digest",
+        "cpus",
+        "num_binary_layers",
+    }
     assert shown["config"]["model"]["num_classes"] == 10
     assert not (own_home / "cluster.json").exists()
     assert not (own_home / "tracking.json").exists()
