@@ -247,12 +247,17 @@ def read_logs(uri: str, reference: str, *, follow: bool = False) -> Iterator[str
 def follow_job(cluster: Cluster, job_id: str) -> Iterator[str]:
     """Yield the log of a job as it grows, until the job has ended.
 
+    A cluster that is ended kills the job first: if that is seen, the log ends here like any other.
+
     Raises:
-        DabError: The cluster went away.
+        DabError: The cluster went away before the job was seen to end.
     """
     seen = 0
     while True:
-        has_ended = job_status(cluster, job_id) not in _LIVING_JOBS
+        state = job_status(cluster, job_id)
+        if state is None:
+            raise DabError(f"the Ray cluster: it does not know the job {job_id} any more.")
+        has_ended = state in _ENDED_JOBS
         text = _job_log(cluster, job_id)
         if len(text) > seen:
             yield text[seen:]
