@@ -17,6 +17,15 @@ from orchestrator.config import Config
 VARIABLE = "DAB_JOB"
 
 
+def is_job_of(job_id: str, run_id: str) -> bool:
+    """Whether a Ray job was submitted for this run, not for the sweep that it is a trial of."""
+    return job_id.startswith(_job_prefix(run_id))
+
+
+def _job_prefix(run_id: str) -> str:
+    return f"dab-{run_id[:16]}-a"
+
+
 @dataclass(frozen=True)
 class Job:
     """One attempt of a run or a sweep.
@@ -44,7 +53,7 @@ class Job:
     @property
     def job_id(self) -> str:
         """Name of the Ray job, unique per attempt."""
-        return f"dab-{self.run_id[:16]}-a{self.attempt}"
+        return f"{_job_prefix(self.run_id)}{self.attempt}"
 
     @property
     def run_folder(self) -> RunFolder:

@@ -15,7 +15,7 @@ from dabnn.run_folder import RunFolder
 from orchestrator import tracking
 from orchestrator.cluster import Cluster, find_cluster, job_client
 from orchestrator.home import home_folder
-from orchestrator.job import Job
+from orchestrator.job import Job, is_job_of
 from orchestrator.submit import ensure_services, submit_job
 from orchestrator.tracking import RunRecord, Status
 
@@ -176,9 +176,9 @@ def stop(
     current = status(uri, reference)
     if current.status in ENDED:
         raise InvalidInputError(f"{current.name}: already {current.status}; there is nothing to stop.")
-    own_job = f"dab-{current.run_id[:16]}-"  # a trial that was resumed has a job of its own
-    job_id = tracking.find_run(uri, current.run_id).tags.get("dab.job_id", "")
-    is_trial = current.kind == "trial" and not job_id.startswith(own_job)
+    record = tracking.find_run(uri, current.run_id)
+    # A trial that was resumed has a job of its own.
+    is_trial = current.kind == "trial" and not is_job_of(record.tags.get("dab.job_id", ""), record.run_id)
     if is_trial and now:
         raise InvalidInputError(f"--now: {current.name} shares the job of its sweep. Leave it out, or stop the sweep.")
     if is_trial or (not now and current.status == "running"):
@@ -188,7 +188,7 @@ def stop(
             return status(uri, current.run_id)
     if is_trial:
         raise DabError(f"{current.name}: did not end within {grace_s:.0f} s; `dab stop` of its sweep ends all trials.")
-    _stop_job(tracking.find_run(uri, current.run_id), on_wait)
+    _stop_job(record, on_wait)
     last = status(uri, current.run_id)
     if last.status == "finished":  # it came to its end in the meantime
         return last

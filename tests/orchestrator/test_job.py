@@ -7,7 +7,7 @@ import pytest
 
 from dabnn.errors import DabError, InvalidInputError
 from orchestrator.config import load_config, to_dict
-from orchestrator.job import VARIABLE, Job
+from orchestrator.job import VARIABLE, Job, is_job_of
 
 CONFIG = load_config(None, ["name=$(touch x) $HOME", "model.name=bincifar", "data.train=shards"])
 
@@ -47,3 +47,11 @@ def test_a_program_of_the_cluster_started_by_hand_says_how_it_is_started(monkeyp
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(DabError, match=r"^DAB_JOB is not set\. .*dab submit"):
         Job.from_environment()
+
+
+def test_a_trial_has_its_sweeps_job_until_it_is_resumed(tmp_path: Path) -> None:
+    sweep = job(tmp_path)
+    trial = replace(sweep, run_id="0f" * 16, attempt=2)
+    assert not is_job_of(sweep.job_id, trial.run_id)
+    assert is_job_of(trial.job_id, trial.run_id)
+    assert is_job_of(sweep.job_id, sweep.run_id)
