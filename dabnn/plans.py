@@ -2,16 +2,24 @@
 
 Convolutions are numbered from 1 in the order of `modules()`, as the reference program's binStart and binEnd count them
 (both inclusive). Linear layers are not counted. A network is first built real; `apply_plan` then exchanges the planned
-convolutions, so the numbering holds by construction for every model.
+convolutions, so the numbering holds by construction for every model. A user names layers by selectors: numbers, paths,
+or regular expressions. Plan files are read by `orchestrator.plan_file`.
 """
 
+import functools
+import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from torch import nn
 
 from dabnn.errors import InvalidInputError
 from dabnn.layers import BinaryConv2d
+
+_log = logging.getLogger(__name__)
+_IMAGE_LAYER = 1
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,58 @@ def check_indices(field: str, indices: Iterable[int], num_convs: int) -> frozens
     return chosen
 
 
+def resolve_selectors(field: str, selectors: Iterable[int | str], net: nn.Module) -> frozenset[int]:
+    """Return the numbers of the convolutions of `net` that any of the selectors names.
+
+    Args:
+        field: the configuration field that errors start with.
+        selectors: a layer's number; its exact path, such as "stage2.0.conv1"; or else a regular expression that must
+            match the whole path, such as "stage[34].*".
+        net: the network, real or already with binary layers.
+
+    Raises:
+        InvalidInputError: if a number is outside the model, or a text names no layer or is no regular expression.
+    """
+    number_of = {path: index for index, (path, _) in numbered_convs(net).items()}
+    chosen: set[int] = set()
+    for selector in selectors:
+        if isinstance(selector, str):
+            chosen |= _matching(field, selector, number_of)
+        else:
+            chosen |= check_indices(field, [selector], len(number_of))
+    return frozenset(chosen)
+
+
+def _matching(field: str, selector: str, number_of: dict[str, int]) -> set[int]:
+    if selector in number_of:
+        return {number_of[selector]}
+    nearest = get_close_matches(selector, number_of, n=1, cutoff=0.0)
+    hint = f" The nearest layer is {nearest[0]!r}." if nearest else ""
+    try:
+        pattern = re.compile(selector)
+    except re.error as error:
+        raise InvalidInputError(
+            f"{field}: {selector!r} is no layer, and no regular expression either ({error}).{hint}"
+        ) from error
+    found = {number for path, number in number_of.items() if pattern.fullmatch(path)}
+    if not found:
+        below = _convs_below(selector, number_of)
+        if below:
+            hint = f" {selector!r} holds the layers {', '.join(below)}; {selector + '[.].*'!r} names them all."
+        raise InvalidInputError(
+            f"{field}: {selector!r} names no layer; the model has {_model_has(len(number_of))}.{hint}"
+        )
+    return found
+
+
+def _convs_below(path: str, number_of: dict[str, int]) -> list[str]:
+    return [name for name in number_of if name.startswith(f"{path}.")]
+
+
 def apply_plan(net: nn.Module, plan: LayerPlan, *, weights: str, center: str | None) -> None:
     """Exchange, in place, the planned convolutions of a real network for binary ones that share their parameters.
+
+    Binary inputs for the first convolution, which the image feeds, are allowed; a warning is logged once a process.
 
     Args:
         net: network of plain `nn.Conv2d`.
@@ -80,6 +138,8 @@ def apply_plan(net: nn.Module, plan: LayerPlan, *, weights: str, center: str | N
     convs = numbered_convs(net)
     check_indices("binarize.binary_weights", plan.binary_weights, len(convs))
     check_indices("binarize.binary_inputs", plan.binary_inputs, len(convs))
+    if _IMAGE_LAYER in plan.binary_inputs:
+        _warn_of_binary_image(convs[_IMAGE_LAYER][0])
     for index in sorted(plan.binary_weights | plan.binary_inputs):
         path, conv = convs[index]
         has_binary_weights = index in plan.binary_weights
@@ -90,6 +150,16 @@ def apply_plan(net: nn.Module, plan: LayerPlan, *, weights: str, center: str | N
             binary_input=index in plan.binary_inputs,
         )
         net.set_submodule(path, binary)
+
+
+@functools.cache  # once a process: a network is built several times on the way to a run
+def _warn_of_binary_image(path: str) -> None:
+    _log.warning(
+        "binarize: %s takes binary inputs but is fed by the image, of which only the sign of each pixel will be seen. "
+        "Leave layer %d out of the inputs unless that is meant.",
+        path,
+        _IMAGE_LAYER,
+    )
 
 
 def _model_has(num_convs: int) -> str:

@@ -41,22 +41,31 @@ for _tag, _pattern, _first in (
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds.
+    """Return the mapping that a YAML configuration holds.
 
     Raises:
         InvalidInputError: The file cannot be read, is not YAML, or holds something else than a mapping.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InvalidInputError(f"{path}: no such file. Give the path of a YAML configuration.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{path}: cannot be read as text ({error}).") from error
-    value = _parse(str(path), text)
+    value = read_yaml(path)
     if not isinstance(value, dict):
         found = "is empty" if value is None else f"holds a {type(value).__name__}"
         raise InvalidInputError(f"{path}: {found}; a configuration is a mapping of keys, starting with `name: ...`.")
     return value
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the value that a YAML (or JSON) file holds; None for an empty one.
+
+    Raises:
+        InvalidInputError: The file cannot be read or is not YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InvalidInputError(f"{path}: no such file. Give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{path}: cannot be read as text ({error}).") from error
+    return _parse(str(path), text)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
