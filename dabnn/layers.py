@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dabnn.errors import InvalidInputError
 from dabnn.gradients import clipped_ste, sign, sign_ste
+from dabnn.options import LayerOptions as LayerOptions
 from dabnn.quantizers import Code, binarize, check_center, check_method, expand, quantize, subtract_center
 
 
@@ -22,7 +23,7 @@ class BinaryConv2d(nn.Conv2d):
 
     Training, with w the latent weight and c = `subtract_center(w, center)`:
 
-    - weight: conv uses y = dense(binarize(c)); dL/dc = dL/dy * 1[|c| <= clip], and dL/dw follows from c by the exact
+    - weight: conv uses y = dense(binarize(c)); dL/dc = dL/dy * 1[|c| <= ste_width], and dL/dw follows from c by the exact
       chain rule of the mean (a straight-through estimator: alpha and beta are constants to it).
     - input: conv uses sign(x), sign(0) = +1; dL/dx = dL/dsign(x) * 1[|x| <= 1].
     - neither: the parent's forward and backward, bit for bit.
@@ -39,7 +40,7 @@ class BinaryConv2d(nn.Conv2d):
         weight_quantizer: method of `binarize`, or None for real weights.
         center: what is subtracted from the weight before quantizing: none, filter or tap.
         binary_input: whether the input passes through sign.
-        clip: half width of the weight's gradient window.
+        options: estimators, gradient rule and input quantizer.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class BinaryConv2d(nn.Conv2d):
         weight_quantizer: str | None = None,
         center: str | None = None,
         binary_input: bool = False,
-        clip: float = 1.0,
+        options: LayerOptions = LayerOptions(),  # noqa: B008 - frozen
         **kwargs: Any,
     ) -> None:
         """Take the arguments of `nn.Conv2d`, and by keyword what is binary.
@@ -59,14 +60,21 @@ class BinaryConv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.weight_quantizer = weight_quantizer
         self.binary_input = binary_input
-        self.clip = clip
+        self.options = options
         self.center = self._default_center() if center is None else center
+        self.progress = 0.0
         self._cached: tuple[int, Code] | None = None
         self._check()
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, *, weight_quantizer: str | None, center: str | None, binary_input: bool, clip: float = 1.0
+        cls,
+        conv: nn.Conv2d,
+        *,
+        weight_quantizer: str | None,
+        center: str | None,
+        binary_input: bool,
+        options: LayerOptions = LayerOptions(),  # noqa: B008 - frozen
     ) -> Self:
         """Return a binary layer of the same geometry that takes over the parameters (the same objects) of `conv`."""
         layer = cls(
@@ -83,7 +91,7 @@ class BinaryConv2d(nn.Conv2d):
             weight_quantizer=weight_quantizer,
             center=center,
             binary_input=binary_input,
-            clip=clip,
+            options=options,
         )
         layer.weight = conv.weight
         layer.bias = conv.bias
@@ -136,10 +144,6 @@ class BinaryConv2d(nn.Conv2d):
             raise InvalidInputError(
                 f"binarize.center: {self.center} has no effect on real weights. Name a quantizer, or leave it out."
             )
-        if not self.clip > 0:
-            raise InvalidInputError(
-                f"clip: {self.clip} leaves no weight a gradient. Use a positive number; 1 is usual."
-            )
 
     def _effective_weight(self) -> Tensor:
         if self.weight_quantizer is None:
@@ -147,7 +151,7 @@ class BinaryConv2d(nn.Conv2d):
         if not self.training:
             return self.code().dense().to(self.weight.dtype)
         centered = subtract_center(self.weight, self.center)
-        return clipped_ste(centered, expand(*quantize(centered, self.weight_quantizer)), self.clip)
+        return clipped_ste(centered, expand(*quantize(centered, self.weight_quantizer)), self.options.ste_width)
 
     @torch.no_grad()
     def _evaluate_both(self, x: Tensor) -> Tensor:
@@ -180,3 +184,16 @@ class BinaryConv2d(nn.Conv2d):
     def __getstate__(self) -> dict[str, Any]:
         # A copy's weight counts its changes from zero, so a copied code could pass for current.
         return {**self.__dict__, "_cached": None}
+
+
+def set_progress(net: nn.Module, fraction: float) -> None:
+    """Tell the annealed estimators of a network how far training is.
+
+    Args:
+        net: any network; only its `BinaryConv2d` layers take notice.
+        fraction: share of the training steps done, from 0 to 1; a pure function of the step, so that a resumed run
+            needs nothing else.
+    """
+    for module in net.modules():
+        if isinstance(module, BinaryConv2d):
+            module.progress = fraction
