@@ -41,6 +41,8 @@ class BinaryConv2d(nn.Conv2d):
         center: what is subtracted from the weight before quantizing: none, filter or tap.
         binary_input: whether the input passes through sign.
         options: estimators, gradient rule and input quantizer.
+        keeps_step_code: whether a training forward leaves its code in `step_code`; off, since it holds memory.
+        step_code: (mask, alpha, beta) of the last training forward, or None.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class BinaryConv2d(nn.Conv2d):
         self.options = options
         self.center = self._default_center() if center is None else center
         self.progress = 0.0
+        self.keeps_step_code = False
+        self.step_code: tuple[Tensor, Tensor, Tensor] | None = None
         self._cached: tuple[int, Code] | None = None
         self._check()
 
@@ -151,7 +155,10 @@ class BinaryConv2d(nn.Conv2d):
         if not self.training:
             return self.code().dense().to(self.weight.dtype)
         centered = subtract_center(self.weight, self.center)
-        return clipped_ste(centered, expand(*quantize(centered, self.weight_quantizer)), self.options.ste_width)
+        code = quantize(centered, self.weight_quantizer)
+        if self.keeps_step_code:
+            self.step_code = code
+        return clipped_ste(centered, expand(*code), self.options.ste_width)
 
     @torch.no_grad()
     def _evaluate_both(self, x: Tensor) -> Tensor:
@@ -183,7 +190,7 @@ class BinaryConv2d(nn.Conv2d):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's weight counts its changes from zero, so a copied code could pass for current.
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_cached": None, "step_code": None}
 
 
 def set_progress(net: nn.Module, fraction: float) -> None:
