@@ -23,8 +23,8 @@ class BinaryConv2d(nn.Conv2d):
 
     Training, with w the latent weight and c = `subtract_center(w, center)`:
 
-    - weight: conv uses y = dense(binarize(c)); dL/dc = dL/dy * 1[|c| <= ste_width], and dL/dw follows from c by the exact
-      chain rule of the mean (a straight-through estimator: alpha and beta are constants to it).
+    - weight: conv uses y = dense(binarize(c)); dL/dc = dL/dy * 1[|c| <= ste_width], and dL/dw follows from c by the
+      exact chain rule of the mean (a straight-through estimator: alpha and beta are constants to it).
     - input: conv uses sign(x), sign(0) = +1; dL/dx = dL/dsign(x) * 1[|x| <= 1].
     - neither: the parent's forward and backward, bit for bit.
 

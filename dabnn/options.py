@@ -51,7 +51,8 @@ class LayerOptions:
             if getattr(self, field) not in known:
                 raise unknown_choice(f"binarize.{field}", getattr(self, field), known)
         for field in ("ste_width", "input_ste_width"):
-            if not getattr(self, field) > 0:
+            width = getattr(self, field)
+            if not width > 0:
                 raise InvalidInputError(
-                    f"binarize.{field}: {getattr(self, field)} lets no gradient pass. Use a positive number; 1 is usual."
+                    f"binarize.{field}: {width} lets no gradient pass. Use a positive number; 1 is usual."
                 )

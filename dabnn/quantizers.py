@@ -16,6 +16,7 @@ from dabnn.errors import InvalidInputError
 from kernels import quantize_dab
 
 CENTERS = ("none", "filter", "tap")
+QUANTIZERS = ("dab", "dab_warm", "dab_learned", "xnor", "xnor_centered", "lsbq", "adabin", "sign")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +150,32 @@ def _xnor(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weight >= 0, alpha, -alpha
 
 
+def _xnor_centered(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mask, _, deviation = _about_the_mean(weight)
+    alpha = deviation.abs().mean(1)
+    return mask, alpha, -alpha
+
+
+def _lsbq(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mask, mean, deviation = _about_the_mean(weight)
+    spread = deviation.abs().mean(1)
+    return mask, mean + spread, mean - spread
+
+
+def _adabin(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mask, mean, deviation = _about_the_mean(weight)
+    spread = deviation.square().mean(1).sqrt()
+    return mask, mean + spread, mean - spread
+
+
+def _about_the_mean(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mask w >= mean, the mean (F,) and w - mean (F, n), the latter two at least in float32."""
+    real = weight.to(_scalar_dtype(weight)).flatten(1)
+    mean = real.mean(1, keepdim=True)
+    deviation = real - mean
+    return (deviation >= 0).view(weight.shape), mean.squeeze(1), deviation
+
+
 def _sign(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     alpha = torch.ones(weight.shape[0], dtype=_scalar_dtype(weight), device=weight.device)
     return weight >= 0, alpha, -alpha
@@ -161,6 +188,11 @@ def _scalar_dtype(weight: Tensor) -> torch.dtype:
 
 _METHODS: Mapping[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
     "dab": _dab,
+    "dab_warm": _dab,
+    "dab_learned": _dab,
     "xnor": _xnor,
+    "xnor_centered": _xnor_centered,
+    "lsbq": _lsbq,
+    "adabin": _adabin,
     "sign": _sign,
 }
