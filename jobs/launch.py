@@ -18,7 +18,7 @@ from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
 from dabnn.spec import TrainSpec
 from dabnn.train import train
-from orchestrator.config import Cluster as ClusterConfig
+from orchestrator.config_sections import Cluster as ClusterConfig
 
 
 class ReportToRay:

@@ -13,7 +13,8 @@ from dabnn.run_folder import RunFolder
 from jobs.record import FLUSH_TIMEOUT_S, leave_result, record_best, record_end, record_start
 from jobs.train import say
 from orchestrator import tracking
-from orchestrator.config import Search, flatten, to_dict, with_overrides
+from orchestrator.config import flatten, to_dict, with_overrides
+from orchestrator.config_search import Search
 from orchestrator.job import Job
 from orchestrator.search import trial_config
 from orchestrator.tracking import MetricFollower

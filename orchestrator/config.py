@@ -10,234 +10,31 @@ here.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from dabnn.errors import InvalidInputError
 from orchestrator.config_errors import invalid_config
-from orchestrator.config_rules import check_config, check_domain, check_inputs, check_name, check_written
+from orchestrator.config_rules import check_config, check_name, check_written
+from orchestrator.config_search import Scalar, Search
+from orchestrator.config_sections import (
+    Binarize,
+    Cluster,
+    Data,
+    Model,
+    Optim,
+    Schedule,
+    Section,
+    Stage,
+    Tracking,
+    Train,
+)
 from orchestrator.config_source import assign, parse_override, read_mapping
 
-Scalar = str | int | float | bool | None
-
-# A wrapped field is judged as Python values, where a strict tuple would not take the list that YAML holds.
-_List = Strict(False)
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no conversion between types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Model(Section):
-    """Which network."""
-
-    name: str = Field(min_length=1, description="model of the zoo; `dab models` lists them")
-    num_classes: int | None = Field(
-        default=None, ge=2, description="classes to tell apart; null: those of the data set"
-    )
-    input_size: int | None = Field(
-        default=None, ge=1, description="side of the square input, pixels; null: the model's own"
-    )
-    in_channels: Literal[1, 3] | None = Field(
-        default=None, description="1 for grey, 3 for colour; null: the model's own"
-    )
-    width: float = Field(default=1.0, gt=0, le=16, description="factor on the number of channels of each layer")
-
-
-def _words_or_layers(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    try:
-        return handler(value)
-    except ValidationError:
-        raise ValueError("must be model, none or a list of layer numbers such as [2, 3]") from None
-
-
-class Binarize(Section):
-    """Which layers are binary, and how. Layers are numbered from 1, as `dab models show` prints them."""
-
-    weights: Literal["dab", "xnor", "sign"] = Field(default="dab", description="quantizer of the weights in the range")
-    center: Literal["none", "filter", "tap"] | None = Field(
-        default=None, description="mean subtracted before quantizing; null: tap where the input is binary, else none"
-    )
-    inputs: Annotated[
-        Literal["model", "none"] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], _List],
-        WrapValidator(_words_or_layers),
-        AfterValidator(check_inputs),
-    ] = Field(default="model", description="layers with binary inputs: model (as its variant says), none, or numbers")
-    bin_start: int | None = Field(
-        default=None, ge=1, description="first layer with binary weights; null: the model's own"
-    )
-    bin_end: int | None = Field(default=None, ge=1, description="last layer with binary weights; null: the model's own")
-
-
-class Data(Section):
-    """Samples and batches."""
-
-    train: str = Field(min_length=1, description="folder made by `dab data build`; its split train is learned from")
-    val: str | None = Field(
-        default=None, min_length=1, description="folder whose split val measures accuracy; null: the one of data.train"
-    )
-    batch_size: int = Field(default=256, ge=2, description="samples of one optimizer step over all workers")
-    eval_batch_size: int = Field(default=64, ge=1, description="samples of one evaluation batch on one worker")
-    num_loaders: int = Field(default=2, ge=0, description="loader processes a worker; 0 loads in the worker itself")
-    transform: Literal["auto", "plain", "crop_flip"] = Field(
-        default="auto",
-        description="what happens to a training image: plain resizes, crop_flip also crops and mirrors it",
-    )
-    remainder: Literal["keep", "drop"] = Field(
-        default="keep", description="what happens to the last, smaller batch of an epoch"
-    )
-
-
-class Optim(Section):
-    """The optimizer and the limits of its learning rate."""
-
-    name: Literal["adam", "sgd", "adamw"] = Field(default="adam", description="optimizer")
-    max_lr: float = Field(default=5e-4, gt=0, description="highest learning rate")
-    min_lr: float = Field(default=1e-5, ge=0, description="learning rate that the schedule does not go below")
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="weight decay, 1/step, as torch's optimizer of that name uses it"
-    )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum; sgd only")
-    nesterov: bool = Field(default=False, description="Nesterov momentum; sgd only")
-
-
-class Schedule(Section):
-    """The learning rate as a function of the epoch."""
-
-    name: Literal["decay", "cosine", "linear", "one_cycle", "constant"] = Field(default="decay", description="shape")
-    interval: int = Field(default=50, ge=1, description="epochs between two drops; decay only")
-    level: float = Field(default=2.0, ge=1, description="factor that the rate is divided by at each drop; decay only")
-    warmup_epochs: float = Field(default=0.0, ge=0, description="epochs over which the rate first rises from 0")
-
-
-class Checkpoint(Section):
-    """When a checkpoint is written and which are kept."""
-
-    every_epochs: int = Field(default=1, ge=1, description="epochs between two checkpoints; the last writes one too")
-    every_steps: int | None = Field(
-        default=None, ge=1, description="optimizer steps between two further checkpoints; null: none within an epoch"
-    )
-    keep_last: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
-    keep_best: int = Field(default=1, ge=1, description="checkpoints of highest val_top1 that are kept besides")
-
-
-class Train(Section):
-    """The training loop."""
-
-    epochs: int = Field(default=100, ge=1, description="passes over the training split")
-    precision: Literal["fp32"] = Field(default="fp32", description="number format of the arithmetic")
-    init_from: None = Field(default=None, description="another run's weights to start from")
-    checkpoint: Checkpoint = Field(default=Checkpoint(), description="when a checkpoint is written and which are kept")
-
-
-class Cluster(Section):
-    """What the run takes from the cluster."""
-
-    num_workers: int = Field(default=2, ge=1, description="processes that train together, each on a share of a batch")
-    gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs of one worker; 0 trains on the CPU")
-    cpus_per_worker: float = Field(default=1.0, gt=0, description="CPU cores of one worker")
-    min_workers: None = Field(default=None, description="fewest workers to go on with")
-    max_failures: int = Field(default=3, ge=0, description="restarts after a failure before the run counts as failed")
-
-
-class Tracking(Section):
-    """Where runs are recorded."""
-
-    uri: str | None = Field(
-        default=None, min_length=1, description="MLflow server; null: one of our own under DAB_HOME"
-    )
-    experiment: str = Field(
-        default="dab", min_length=1, max_length=100, description="MLflow experiment that the run belongs to"
-    )
-
-
-class Domain(Section):
-    """What one key may be in a search: exactly one of the four."""
-
-    int_: Annotated[tuple[int, int], _List] | None = Field(
-        default=None, alias="int", description="[lowest, highest], whole numbers, both included"
-    )
-    float_: Annotated[tuple[float, float], _List] | None = Field(
-        default=None, alias="float", description="[lowest, highest], evenly"
-    )
-    log: Annotated[tuple[float, float], _List] | None = Field(
-        default=None, description="[lowest, highest], evenly in its logarithm"
-    )
-    choice: Annotated[tuple[Scalar, ...], _List] | None = Field(default=None, description="the values to choose from")
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> "Domain":
-        if len(self._given()) != 1:
-            raise ValueError("one kind")
-        return self
-
-    @model_serializer
-    def _serialize(self) -> dict[str, list[Scalar]]:
-        return {self.kind: list(self.values)}
-
-    @property
-    def kind(self) -> str:
-        """`int`, `float`, `log` or `choice`."""
-        return next(iter(self._given()))
-
-    @property
-    def values(self) -> tuple[Scalar, ...]:
-        """The two ends of a range, or the values of a choice."""
-        return self._given()[self.kind]
-
-    def _given(self) -> dict[str, tuple[Scalar, ...]]:
-        kinds = {"int": self.int_, "float": self.float_, "log": self.log, "choice": self.choice}
-        return {kind: values for kind, values in kinds.items() if values is not None}
-
-
-def _domain_or_message(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    try:
-        return handler(value)
-    except ValidationError:
-        raise ValueError(
-            "must be one of {int: [2, 4]}, {float: [0.1, 0.5]}, {log: [1e-4, 1e-2]}, {choice: [a, b]}"
-        ) from None
-
-
-class Objective(Section):
-    """What a search improves."""
-
-    metric: Literal["val_top1", "val_top5", "val_loss"] = Field(
-        default="val_top1", description="metric of the last epoch"
-    )
-    mode: Literal["max", "min"] = Field(default="max", description="whether more or less of it is better")
-
-
-class Search(Section):
-    """What `dab submit --sweep` tries."""
-
-    num_trials: int = Field(default=20, ge=1, description="trials; a grid ends earlier when it has no more points")
-    space: dict[str, Annotated[Domain, WrapValidator(_domain_or_message), AfterValidator(check_domain)]] = Field(
-        min_length=1, description="dotted configuration key -> what it may be"
-    )
-    objectives: tuple[Objective, ...] = Field(default=(Objective(),), min_length=1, description="exactly one")
-    algorithm: Literal["tpe", "random", "grid"] = Field(default="tpe", description="how the next trial is chosen")
-    early_stop: Annotated[Literal["asha"] | None, BeforeValidator(lambda value: None if value == "none" else value)] = (
-        Field(default="asha", description="asha ends trials that fall behind; none or null lets each one finish")
-    )
-    epochs: int | None = Field(default=None, ge=1, description="epochs of one trial; null: train.epochs")
-    max_concurrent: int | None = Field(default=None, ge=1, description="trials at a time; null: as many as fit")
+# The keys of binarize that say which weights are binary: a stage that writes one group replaces the other two.
+_WEIGHT_CHOICES = (("bin_start", "bin_end"), ("layers",), ("plan",))
 
 
 class Config(Section):
@@ -263,6 +60,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> "Config":
         check_config(self)
+        for position, stage in enumerate(self.train.stages or ()):
+            try:
+                stage_config(self, stage)
+            except InvalidInputError as error:
+                where = f"train.stages[{position}] ({stage.name})"
+                raise ValueError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
         return self
 
 
@@ -284,7 +87,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         assign(Config, raw, key, value)
     config = _validate(raw)
     try:
-        check_written(config)
+        check_written(config, [part for _, part in parts(config)])
     except ValueError as error:
         raise InvalidInputError(str(error)) from None
     return config
@@ -300,6 +103,33 @@ def with_overrides(config: Config, values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         assign(Config, raw, key, value)
     return _validate(raw)
+
+
+def stage_config(config: Config, stage: Stage) -> Config:
+    """Return what `stage` runs: `config` with the keys that the stage writes in place of its own, and no stages.
+
+    Raises:
+        InvalidInputError: The two together break a rule.
+    """
+    raw, written = to_dict(config), stage.model_dump(mode="json")
+    binarize = written.get("binarize") or {}
+    chosen = [group for group in _WEIGHT_CHOICES if any(key in binarize for key in group)]
+    replaced = [key for group in _WEIGHT_CHOICES if chosen and group not in chosen for key in group]
+    raw["binarize"] |= dict.fromkeys(replaced)
+    if "plan" in binarize:
+        raw["binarize"]["inputs"] = "model"
+    for section in ("binarize", "optim", "schedule"):
+        raw[section] |= written.get(section) or {}
+    raw["train"] |= {key: written[key] for key in ("label_smoothing", "kurtosis", "distill") if key in written}
+    raw["train"] |= {"epochs": stage.epochs, "stages": None}
+    return _validate(raw | {"search": None})
+
+
+def parts(config: Config) -> tuple[tuple[str, Config], ...]:
+    """Return (name, configuration without stages) of each part of the run, in order; one without stages has no name."""
+    if config.train.stages is None:
+        return (("", config),)
+    return tuple((stage.name, stage_config(config, stage)) for stage in config.train.stages)
 
 
 def resolve_paths(config: Config, base: Path | None = None) -> Config:

@@ -52,7 +52,8 @@ def unknown_key(key: str, keys: Mapping[str, FieldInfo]) -> InvalidInputError:
 def invalid_config(model: type[BaseModel], error: ValidationError) -> InvalidInputError:
     """Return one error with a line for each thing that pydantic found wrong in a configuration of type `model`."""
     keys = known_keys(model)
-    lines = (line for details in error.errors(include_url=False) for line in _lines(details, keys))
+    errors = error.errors(include_url=False)
+    lines = (line for details in errors for line in _lines(details, keys | _item_keys(model, details["loc"])))
     return InvalidInputError("\n".join(dict.fromkeys(lines)))
 
 
@@ -90,8 +91,31 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]
                 yield from _walk(part, f"{prefix}{name}.")
 
 
+def _item_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> dict[str, FieldInfo]:
+    """Return the keys of the list item that an error lies in, under the item's own path; none outside lists."""
+    if not any(isinstance(part, int) for part in location):
+        return {}
+    last = max(position for position, part in enumerate(location) if isinstance(part, int))
+    found: type[BaseModel] | None = model
+    for part in location[:last]:
+        field = found.model_fields.get(part) if found and isinstance(part, str) else None
+        found = next(_models_in(field.annotation), None) if field else None
+    return dict(_walk(found, f"{_dotted(location[: last + 1])}.")) if found else {}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
 def _lines(details: ErrorDetails, keys: Mapping[str, FieldInfo]) -> list[str]:
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"]).removeprefix(".")
+    path = _dotted(details["loc"])
     if details["type"] == "extra_forbidden":
         return [str(unknown_key(path, keys))]
     if not path:

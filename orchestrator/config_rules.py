@@ -17,18 +17,29 @@ from pydantic.fields import FieldInfo
 from orchestrator.config_errors import SPACE, known_keys, show, unknown_key, value_problem
 
 if TYPE_CHECKING:
-    from orchestrator.config import Config, Domain, Search
+    from orchestrator.config import Config
+    from orchestrator.config_search import Domain, Search
+    from orchestrator.config_sections import Stage
 
 _START, _END = "binarize.bin_start", "binarize.bin_end"
 _MAX_NAME = 100
 _NOT_SEARCHABLE = (
-    "name", "data.train", "data.val", "train.init_from", "train.checkpoint", "cluster", "storage", "tracking", "search",
+    "name", "data.train", "data.val", "train.init_from", "train.checkpoint", "train.distill", "train.kurtosis",
+    "train.stages", "binarize.plan", "cluster", "storage", "tracking", "search",
 )  # fmt: skip
-# Key, the value it must have, and the keys that are looked at only then.
+_WITH_WINDOW = ("clipped", "polynomial", "ede")
+# Key, the values it must have, and the keys that are looked at only then.
 _NEEDS = (
-    ("optim.name", "sgd", ("optim.momentum", "optim.nesterov")),
-    ("schedule.name", "decay", ("schedule.interval", "schedule.level")),
+    ("optim.name", ("sgd",), ("optim.momentum", "optim.nesterov")),
+    ("schedule.name", ("decay",), ("schedule.interval",)),
+    ("schedule.name", ("decay", "step"), ("schedule.level",)),
+    ("schedule.name", ("step",), ("schedule.milestones",)),
+    ("binarize.ste", _WITH_WINDOW, ("binarize.ste_width", "binarize.ste_center")),
+    ("binarize.input_ste", _WITH_WINDOW, ("binarize.input_ste_width",)),
 )
+STAGE_TEACHER = "stage:"
+# The transforms of `dabnn.data.transforms.CROPPING`, which would import torch; a test compares them.
+CROPPING = ("sketch", "sketch_no_flip", "imagenet")
 # An integer axis up to this long is tried value by value, a longer one at its two ends.
 _MAX_VALUES = 256
 
@@ -63,7 +74,18 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_inputs(inputs: str | tuple[int, ...]) -> str | tuple[int, ...]:
+def check_different(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return `values` when none stands there twice.
+
+    Raises:
+        ValueError: One does.
+    """
+    if len(set(values)) < len(values):
+        raise ValueError("names a layer twice")
+    return values
+
+
+def check_inputs(inputs: Any) -> Any:
     """Return `inputs` when it is a word or a list of different layers.
 
     Raises:
@@ -71,9 +93,18 @@ def check_inputs(inputs: str | tuple[int, ...]) -> str | tuple[int, ...]:
     """
     if inputs == ():
         raise ValueError("is empty; write none for no binary inputs")
-    if isinstance(inputs, tuple) and len(set(inputs)) < len(inputs):
-        raise ValueError("names a layer twice")
-    return inputs
+    return check_different(inputs) if isinstance(inputs, tuple) else inputs
+
+
+def check_milestones(milestones: tuple[float, ...]) -> tuple[float, ...]:
+    """Return `milestones` when each comes after the one before.
+
+    Raises:
+        ValueError: One does not.
+    """
+    if any(later <= earlier for earlier, later in itertools.pairwise(milestones)):
+        raise ValueError("must rise from each to the next")
+    return milestones
 
 
 def check_domain(domain: "Domain") -> "Domain":
@@ -108,24 +139,70 @@ def check_config(config: "Config") -> None:
         raise ValueError("\n".join(problems))
 
 
-def check_written(config: "Config") -> None:
-    """Refuse values that `config` would never look at, so that nothing a person writes is silently ignored.
+def check_written(config: "Config", parts: Sequence["Config"]) -> None:
+    """Refuse values that nothing would ever look at, so that nothing a person writes is silently ignored.
 
     The trials of a search are not held to this: one with `cosine` carries the `interval` of its siblings with `decay`.
+
+    Args:
+        config: What was written.
+        parts: What each stage of it runs, or `config` alone.
 
     Raises:
         ValueError: One line for each value without effect.
     """
-    problems = []
+    problems = [problem for check in (_unused_epochs, _unused_decay, _teacher_stage) if (problem := check(config))]
     for selector, wanted, keys in _NEEDS:
         chosen = _value(config, selector)
-        if chosen == wanted or _is_searched(config, selector):
+        if any(_value(part, selector) in wanted for part in parts) or _is_searched(config, selector):
             continue
         for key in keys:
             if _is_searched(config, key) or _value(config, key) != _leaves(config)[key].default:
-                problems.append(f"{key}: has no effect with {selector}={chosen}. Remove it, or use {wanted}.")
+                problems.append(_no_effect(key, selector, chosen, wanted))
+    for position, (stage, part) in enumerate(zip(config.train.stages or (), parts, strict=bool(config.train.stages))):
+        problems += [f"train.stages[{position}].{problem}" for problem in _unused_in_stage(stage, part)]
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _no_effect(key: str, selector: str, chosen: Any, wanted: Sequence[str]) -> str:
+    return f"{key}: has no effect with {selector}={chosen}. Remove it, or use {' or '.join(wanted)}."
+
+
+def _unused_in_stage(stage: "Stage", part: "Config") -> Iterator[str]:
+    for selector, wanted, keys in _NEEDS:
+        chosen = _value(part, selector)
+        for section, _, leaf in (key.partition(".") for key in keys if chosen not in wanted):
+            written = getattr(stage, section)
+            if written is not None and leaf in written.model_fields_set:
+                yield _no_effect(f"{section}.{leaf}", selector, chosen, wanted)
+
+
+def _unused_epochs(config: "Config") -> str | None:
+    stages, epochs = config.train.stages, config.train.epochs
+    total = sum(stage.epochs for stage in stages or ())
+    if stages is None or epochs in (total, _leaves(config)["train.epochs"].default):
+        return None
+    return f"train.epochs: {epochs}, but the stages take {total} epochs together. Leave it out."
+
+
+def _unused_decay(config: "Config") -> str | None:
+    decays = [config.optim, *(stage.optim for stage in config.train.stages or () if stage.optim is not None)]
+    if not config.optim.decay_all or any(optim.weight_decay for optim in decays):
+        return None
+    if _is_searched(config, "optim.weight_decay"):
+        return None
+    return "optim.decay_all: has no effect with optim.weight_decay=0. Remove it, or set the weight decay."
+
+
+def _teacher_stage(config: "Config") -> str | None:
+    teacher = config.train.distill.teacher if config.train.distill else ""
+    if config.train.stages is not None or not teacher.startswith(STAGE_TEACHER):
+        return None
+    return (
+        f"train.distill.teacher: {teacher} names a stage, and the run has none. Add train.stages, or name a run or a "
+        "checkpoint file."
+    )
 
 
 def _bin_range_is_empty(start: int | None, end: int | None) -> bool:
@@ -156,6 +233,28 @@ def _batch_size(config: "Config") -> str | None:
             f"data.batch_size: {size} over {workers} workers is one sample each; BatchNorm needs two to have a "
             f"variance. Use at least {2 * workers}."
         )
+    return None
+
+
+def _ten_crop(config: "Config") -> str | None:
+    transform = config.data.transform
+    if not config.data.ten_crop or transform in CROPPING:
+        return None
+    return (
+        f"data.ten_crop: true, but data.transform={transform} resizes images to the very size of the input, which "
+        f"leaves nothing to crop. Use one of {', '.join(CROPPING)}, or turn it off."
+    )
+
+
+def _statistics(config: "Config") -> str | None:
+    mean, std = config.data.mean, config.data.std
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        return f"data.{'mean' if mean is None else 'std'}: is null and the other is not. Give both, or neither."
+    channels = config.model.in_channels or len(mean)
+    if (len(mean), len(std)) != (channels, channels):
+        return f"data.mean, data.std: {len(mean)} and {len(std)} values for {channels} channels. Give one a channel."
     return None
 
 
@@ -194,9 +293,55 @@ def _gpu_share(config: "Config") -> str | None:
     return None
 
 
+def _layer_choice(config: "Config") -> str | None:
+    binarize = config.binarize
+    given = {
+        "bin_start": binarize.bin_start, "bin_end": binarize.bin_end, "layers": binarize.layers, "plan": binarize.plan
+    }  # fmt: skip
+    keys = [f"binarize.{key}" for key, value in given.items() if value is not None]
+    if len(keys) > 1 and keys != [_START, _END]:
+        return f"{keys[-1]}: {' and '.join(keys[:-1])} already chose the layers with binary weights. Keep one of them."
+    if binarize.plan is not None and binarize.inputs != "model":
+        return "binarize.inputs: binarize.plan already names the layers with binary inputs. Keep one of them."
+    return None
+
+
+def _milestones(config: "Config") -> str | None:
+    if config.schedule.name != "step":
+        return None
+    milestones, epochs = config.schedule.milestones, config.train.epochs
+    if not milestones:
+        return "schedule.milestones: missing; step lowers the rate at these epochs. Give a list such as [30, 60]."
+    if config.train.stages is None and milestones[-1] >= epochs:
+        return f"schedule.milestones: {milestones[-1]:g} is not below train.epochs={epochs}. Remove it."
+    return None
+
+
+def _stages(config: "Config") -> str | None:
+    earlier: list[str] = []
+    for position, stage in enumerate(config.train.stages or ()):
+        if stage.name in earlier:
+            return f"train.stages[{position}].name: {stage.name!r} stands there twice. Give each stage its own name."
+        distill = stage.distill if "distill" in stage.model_fields_set else config.train.distill
+        named = distill.teacher.removeprefix(STAGE_TEACHER) if distill else ""
+        if distill and distill.teacher.startswith(STAGE_TEACHER) and named not in earlier:
+            known = ", ".join(earlier) or "none: this is the first"
+            return (
+                f"train.stages[{position}].distill.teacher: {distill.teacher} is no earlier stage ({known}). Name one "
+                "of those, a run, or a checkpoint file; or write distill: null for this stage."
+            )
+        earlier.append(stage.name)
+    return None
+
+
 _RULES = (
     Rule((_START, _END), _bin_range),
+    Rule((_START, _END), _layer_choice),
+    Rule(("schedule.name", "train.epochs"), _milestones),
+    Rule((), _stages),
     Rule(("data.batch_size",), _batch_size),
+    Rule(("data.transform", "data.ten_crop"), _ten_crop),
+    Rule((), _statistics),
     Rule(("optim.min_lr", "optim.max_lr"), _rate_limits),
     Rule(("optim.momentum", "optim.nesterov"), _nesterov),
     Rule(("train.epochs", "schedule.warmup_epochs"), _warmup),
@@ -213,7 +358,27 @@ def _search_problems(config: "Config", search: "Search") -> list[str]:
     if not problems:
         problems = [problem for rule in _RULES if (problem := _space_problem(config, search, rule))]
     problems += [problem for check in (_objective, _grid) if (problem := check(search))]
+    problems += _stages_in_search(config, search)
     return problems
+
+
+def _stages_in_search(config: "Config", search: "Search") -> Iterator[str]:
+    if config.train.stages is None:
+        return
+    if search.epochs is not None:
+        yield f"search.epochs: {search.epochs}, but with train.stages each stage has its own. Leave it out."
+    if search.early_stop is not None:
+        yield (
+            f"search.early_stop: {search.early_stop} would end trials in an early stage, whose accuracy says little of "
+            "the last one's, and rank them by it. Write none."
+        )
+    for key in search.space:
+        section, _, leaf = key.partition(".")
+        sections = [getattr(stage, section, None) for stage in config.train.stages]
+        if key == "train.epochs" or all(
+            written is not None and leaf in written.model_fields_set for written in sections
+        ):
+            yield f"{SPACE}.{key}: each stage in train.stages sets its own, so trials would not differ. Remove it."
 
 
 def _axis_problem(config: "Config", key: str, domain: "Domain") -> str | None:

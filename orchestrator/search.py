@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dabnn.errors import InvalidInputError
-from orchestrator.config import Config, Domain, Search
+from orchestrator.config import Config
+from orchestrator.config_search import Domain, Search
 
 _Number = TypeVar("_Number", int, float)
 
