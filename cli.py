@@ -279,6 +279,14 @@ def export(
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN-or-FILE", help="A run, or a packed model.")],
     data: Annotated[Path | None, typer.Option(help="Dataset whose split val is used; a file needs one.")] = None,
+    ten_crop: Annotated[
+        bool | None,
+        typer.Option(
+            "--ten-crop/--centre-crop",
+            help="Average ten crops of each image, or take the middle one; default as the run was configured, the "
+            "middle one for a file.",
+        ),
+    ] = None,
     uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
@@ -287,7 +295,7 @@ def evaluate(
 
     out = Output(is_json=as_json)
     with out.progress(f"evaluate {target}", "images") as bar:
-        view = commands.evaluate(uri, target, data, on_batch=bar.update, say=out.note)
+        view = commands.evaluate(uri, target, data, ten_crop=ten_crop, on_batch=bar.update, say=out.note)
     out.result(*view)
 
 

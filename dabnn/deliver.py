@@ -14,7 +14,7 @@ from torch import Tensor
 from dabnn.checkpoints import load_state
 from dabnn.data import Batch, load_manifest, open_stream
 from dabnn.data.images import decode_image
-from dabnn.data.transforms import make_transform
+from dabnn.data.transforms import make_transform, normalization_for
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.evaluate import count
 from dabnn.models import ModelSpec, Network, build
@@ -56,12 +56,15 @@ def export(
     train_data: Path,
     val_data: Path,
     transform: str = "auto",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     batch_size: int = 64,
     half: bool = False,
 ) -> tuple[Verification, PackedModel, int]:
     """Write the packed model of a checkpoint, after comparing it with the trained network on every validation image.
 
-    What is compared is the file itself, read back under a temporary name; it gets its own name when it passed.
+    What is compared is the file itself, read back under a temporary name; it gets its own name when it passed. Each
+    image is compared once, also where the network is otherwise evaluated on ten crops.
 
     Args:
         checkpoint: Checkpoint of the trained network.
@@ -69,6 +72,8 @@ def export(
         train_data: Dataset that the normalisation comes from.
         val_data: Dataset whose split `val` is compared on.
         transform: Name of the transform that the network was trained with.
+        mean: Fixed mean that it was trained with, per channel, or None for that of the data.
+        std: Fixed standard deviation that it was trained with, per channel, or None.
         batch_size: Images of one batch of the comparison.
         half: Store scalars and float layers as float16.
 
@@ -80,7 +85,7 @@ def export(
         DabError: The packed network disagrees with the trained one, or the disk is full; no file was written.
     """
     net = load_trained(checkpoint)
-    normalization = _normalization(train_data, net.spec)
+    prepared = prepare(train_data, net.spec, transform, mean, std)
     if file.is_dir():
         raise InvalidInputError(f"{file}: is a folder. Name the file to write, such as {file / 'model.safetensors'}.")
     try:
@@ -90,9 +95,9 @@ def export(
     unchecked = file.with_name(f".{file.name}.unchecked")
     try:
         classes = load_manifest(train_data).classes
-        num_bytes = pack(net, classes=classes, normalization=normalization).save(unchecked, half=half)
+        num_bytes = pack(net, classes=classes, normalization=prepared).save(unchecked, half=half)
         packed = load_packed(unchecked)
-        verification = verify(net, packed, val_batches(val_data, net.spec, normalization, transform, batch_size))
+        verification = verify(net, packed, val_batches(val_data, net.spec, prepared, batch_size))
         if verification.problems:
             problems = " ".join(verification.problems)
             raise DabError(
@@ -111,7 +116,7 @@ def evaluate_on(
     data: Path,
     *,
     classes: Sequence[str] | None = None,
-    transform: str = "auto",
+    ten_crop: bool = False,
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
@@ -123,7 +128,7 @@ def evaluate_on(
         normalization: What is done to images first.
         data: The dataset.
         classes: Names of the classes that the network knows, in the order of its logits; None when unknown.
-        transform: Name of the transform.
+        ten_crop: Average the answers to ten crops of each image, see `dabnn.evaluate`.
         batch_size: Images of one batch.
         on_batch: Told the number of images that were evaluated.
 
@@ -131,7 +136,7 @@ def evaluate_on(
         InvalidInputError: The dataset cannot be read, or has other classes than the network has logits.
     """
     _check_classes(data, spec.num_classes, classes)
-    batches = _counted(val_batches(data, spec, normalization, transform, batch_size), on_batch)
+    batches = _counted(val_batches(data, spec, normalization, batch_size, ten_crop=ten_crop), on_batch)
     totals = count(model, batches, torch.device("cpu"))
     return totals.metrics("") | {"num_samples": int(totals.num_samples)}
 
@@ -149,16 +154,17 @@ def _check_classes(data: Path, num_classes: int, classes: Sequence[str] | None) 
 
 
 def val_batches(
-    data: Path, spec: ModelSpec, normalization: Normalization, transform: str, batch_size: int
+    data: Path, spec: ModelSpec, normalization: Normalization, batch_size: int, *, ten_crop: bool = False
 ) -> Iterator[Batch]:
-    """Yield the split `val` of a dataset in order, transformed as for evaluation."""
+    """Yield the split `val` of a dataset in order, prepared as for evaluation; images are their ten crops if asked."""
     made = make_transform(
-        transform,
+        normalization.transform,
         input_size=spec.input_size,
         in_channels=spec.in_channels,
         mean=normalization.mean,
         std=normalization.std,
         training=False,
+        ten_crop=ten_crop,
     )
     with open_stream(data, "val", batch_size=batch_size, shuffle=False, transform=made) as stream:
         yield from stream.epoch(0)
@@ -174,7 +180,7 @@ def predict(file: Path, images: Sequence[Path]) -> list[Prediction]:
     if packed.normalization is None:
         raise InvalidInputError(f"{file}: holds no normalisation, so images cannot be prepared. Export the run again.")
     made = make_transform(
-        "auto",
+        packed.normalization.transform,
         input_size=packed.spec.input_size,
         in_channels=packed.spec.in_channels,
         mean=packed.normalization.mean,
@@ -196,9 +202,24 @@ def _predict_one(packed: PackedModel, made: Any, names: Sequence[str], image: Pa
     return Prediction(str(image), tuple((names[index], value) for index, value in pairs))
 
 
-def _normalization(data: Path, spec: ModelSpec) -> Normalization:
-    mean, std = load_manifest(data).image.normalization(spec.in_channels)
-    return Normalization(tuple(mean), tuple(std))
+def prepare(
+    train_data: Path,
+    spec: ModelSpec,
+    transform: str = "auto",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Normalization:
+    """Return what was done to the images that a network was trained on.
+
+    Args:
+        train_data: Dataset that it was trained on.
+        spec: Its architecture.
+        transform: Name of the transform.
+        mean: Fixed mean per channel, or None for that of the data.
+        std: Fixed standard deviation per channel, or None.
+    """
+    image = load_manifest(train_data).image
+    return Normalization(*normalization_for(transform, image, spec.in_channels, mean, std), transform)
 
 
 def _counted(batches: Iterator[Batch], on_batch: Callable[[int], None] | None) -> Iterator[Batch]:

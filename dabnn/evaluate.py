@@ -1,4 +1,10 @@
-"""Accuracy of a network over a split: each sample once, whatever the number of ranks."""
+r"""Accuracy of a network over a split: each sample once, whatever the number of ranks.
+
+A sample that comes as ten crops x_1 .. x_10 (`dabnn.data.crops`) scores s_k = (1 / 10) sum_j log p_k(x_j) for class k,
+where p(x) = softmax(net(x)): up to a common factor the geometric mean of the probabilities, as in the reference program
+(arXiv 1804.02941). The class with the highest s_k is the answer. The s_k are not normalised again, so the loss -s_y of
+class y is the mean of the crops' cross-entropies.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +15,8 @@ from torch.nn import functional as F
 
 from dabnn.data import Batch
 from dabnn.distributed import World
+
+_DIM_OF_CROPS = 5
 
 
 @dataclass
@@ -28,7 +36,7 @@ class Totals:
     num_samples: float = 0.0
 
     def add(self, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
-        """Add a batch: `logits` (n, classes), `labels` (n,) and the samples' losses (n,)."""
+        """Add a batch: `logits` or other scores (n, classes), `labels` (n,) and the samples' losses (n,)."""
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == labels[:, None]
         self.loss += float(losses.double().sum())
@@ -55,12 +63,33 @@ def count(net: Callable[[Tensor], Tensor], batches: Iterable[Batch], device: tor
 
     Args:
         net: Images (n, C, H, W) to logits (n, classes); a module must be in evaluation mode.
-        batches: This rank's part of the split; ranks may hold different numbers of batches.
+        batches: This rank's part of the split, as single images or ten crops each; ranks may hold different numbers.
         device: Where `net` is.
     """
     totals = Totals()
     for batch in batches:
         labels = batch.labels.to(device)
-        logits = net(batch.images.to(device))
-        totals.add(logits, labels, F.cross_entropy(logits, labels, reduction="none"))
+        images = batch.images.to(device)
+        if images.dim() == _DIM_OF_CROPS:
+            scores = crop_scores(net, images)
+            losses = F.nll_loss(scores, labels, reduction="none")
+        else:
+            scores = net(images)
+            losses = F.cross_entropy(scores, labels, reduction="none")
+        totals.add(scores, labels, losses)
     return totals
+
+
+def crop_scores(net: Callable[[Tensor], Tensor], crops: Tensor) -> Tensor:
+    """Return the mean of the log-probabilities over the crops of each sample, by the formula above.
+
+    Args:
+        net: Images (n, C, H, W) to logits (n, classes).
+        crops: float (n, crops, C, H, W).
+
+    Returns:
+        float32 (n, classes).
+    """
+    logits = net(crops.flatten(0, 1)).float()
+    scores: Tensor = logits.log_softmax(dim=1).unflatten(0, crops.shape[:2])
+    return scores.mean(dim=1)

@@ -74,15 +74,17 @@ class PackedConv2d(nn.Module):
 
 @dataclass(frozen=True)
 class Normalization:
-    """How images are normalized before the network: (pixels / 255 - mean) / std.
+    """What is done to images before the network: the transform's evaluation form, then (pixels / 255 - mean) / std.
 
     Attributes:
         mean: One value a channel, of values in [0, 1].
         std: One value a channel.
+        transform: Name of the transform, see `dabnn.data.transforms`.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    transform: str = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,8 +193,13 @@ def load_packed(path: Path | str) -> PackedModel:
         content.spec,
         content.tensors,
         None if classes is None else tuple(classes),
-        None if normalization is None else Normalization(*(tuple(normalization[key]) for key in ("mean", "std"))),
+        None if normalization is None else _normalization(**normalization),
     )
+
+
+def _normalization(mean: Sequence[float], std: Sequence[float], transform: str = "auto") -> Normalization:
+    """Return the normalization that a file holds; one of before there were transforms to choose from names none."""
+    return Normalization(tuple(mean), tuple(std), transform)
 
 
 def binary_layers(net: nn.Module) -> dict[str, BinaryConv2d]:

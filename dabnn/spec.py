@@ -5,6 +5,7 @@ one from JSON. Rank, device and handles are not here: they are arguments of the 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ class DataSpec:
         num_loaders: Loader processes a worker; 0 loads in the worker itself.
         transform: Name of the transform, see `dabnn.data.transforms`.
         remainder: "keep" or "drop" the samples that do not fill a batch.
+        ten_crop: Evaluate the mean of ten crops, see `dabnn.evaluate`.
+        mean: What is subtracted from each channel, see `dabnn.data.transforms.normalization_for`; None: the data's own.
+        std: What each channel is divided by; None: the data's own.
     """
 
     train: str
@@ -34,6 +38,9 @@ class DataSpec:
     num_loaders: int = 0
     transform: str = "auto"
     remainder: str = "keep"
+    ten_crop: bool = False
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from dabnn.checkpoints import Checkpoint, CheckpointWriter, load_state, restore_point
 from dabnn.data import Batch, Stream, load_manifest, open_stream
-from dabnn.data.transforms import make_transform
+from dabnn.data.transforms import make_transform, normalization_for
 from dabnn.distributed import COLLECTIVE_TIMEOUT_S, World, deterministic, seed_step, share_buffers, wrap
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.evaluate import Totals, count
@@ -415,14 +415,17 @@ def weights_sha256(net: nn.Module) -> str:
 def _open(spec: TrainSpec, model: ModelSpec, split: str, world: World) -> Stream:
     is_training = split == "train"
     root = Path(spec.data.train if is_training else spec.data.val)
-    mean, std = load_manifest(Path(spec.data.train)).image.normalization(model.in_channels)
+    data = spec.data
+    image = load_manifest(Path(data.train)).image
+    mean, std = normalization_for(data.transform, image, model.in_channels, data.mean, data.std)
     transform = make_transform(
-        spec.data.transform,
+        data.transform,
         input_size=model.input_size,
         in_channels=model.in_channels,
         mean=mean,
         std=std,
         training=is_training,
+        ten_crop=data.ten_crop,
     )
     return open_stream(
         root,

@@ -123,17 +123,25 @@ def export(uri: str | None, reference: str, file: Path, *, half: bool, say: Say)
     )
 
 
-def evaluate(uri: str | None, target: str, data: Path | None, *, on_batch: deliver.OnBatch, say: Say) -> View:
-    """Evaluate a packed file or a run.
+def evaluate(
+    uri: str | None,
+    target: str,
+    data: Path | None,
+    *,
+    ten_crop: bool | None = None,
+    on_batch: deliver.OnBatch,
+    say: Say,
+) -> View:
+    """Evaluate a packed file or a run, on ten crops of each image if `ten_crop`; None is as a run was configured.
 
     Raises:
         InvalidInputError: A file without `--data`.
     """
     file = Path(target)
     if not file.is_file():
-        found = deliver.evaluate_run(tracking_uri(uri, say), target, data, on_batch)
+        found = deliver.evaluate_run(tracking_uri(uri, say), target, data, on_batch, ten_crop=ten_crop)
     elif data is not None:
-        found = deliver.evaluate_file(file, data, on_batch)
+        found = deliver.evaluate_file(file, data, on_batch, ten_crop=bool(ten_crop))
     else:
         raise InvalidInputError(f"--data: {target} is a packed model; name the dataset to evaluate it on.")
     return found, (

@@ -39,6 +39,8 @@ def export_run(uri: str, reference: str, file: Path, *, half: bool = False) -> d
         train_data=Path(data.train),
         val_data=Path(data.val or data.train),
         transform=data.transform,
+        mean=data.mean,
+        std=data.std,
         batch_size=data.eval_batch_size,
         half=half,
     )
@@ -55,8 +57,14 @@ def export_run(uri: str, reference: str, file: Path, *, half: bool = False) -> d
     return result
 
 
-def evaluate_file(file: Path, data: Path, on_batch: OnBatch | None = None) -> dict[str, Any]:
+def evaluate_file(file: Path, data: Path, on_batch: OnBatch | None = None, *, ten_crop: bool = False) -> dict[str, Any]:
     """Evaluate a packed file on the split `val` of a dataset; return the keys that `dab evaluate --json` prints.
+
+    Args:
+        file: The packed file.
+        data: The dataset.
+        on_batch: Told how many images of how many were evaluated.
+        ten_crop: Whether to average the answers to ten crops of each image.
 
     Raises:
         InvalidInputError: The file or the dataset cannot be read, or they have different classes.
@@ -64,11 +72,20 @@ def evaluate_file(file: Path, data: Path, on_batch: OnBatch | None = None) -> di
     packed = load_packed(file)
     if packed.normalization is None:
         raise InvalidInputError(f"{file}: holds no normalisation, so images cannot be prepared. Export the run again.")
-    return _evaluate(packed, packed.spec, packed.normalization, packed.classes, data, "auto", on_batch)
+    return _evaluate(packed, packed.spec, packed.normalization, packed.classes, data, ten_crop, on_batch)
 
 
-def evaluate_run(uri: str, reference: str, data: Path | None, on_batch: OnBatch | None = None) -> dict[str, Any]:
+def evaluate_run(
+    uri: str, reference: str, data: Path | None, on_batch: OnBatch | None = None, *, ten_crop: bool | None = None
+) -> dict[str, Any]:
     """Evaluate the best checkpoint of a run on `data`, or on its own validation data.
+
+    Args:
+        uri: The tracking store.
+        reference: The run.
+        data: A dataset, or None.
+        on_batch: Told how many images of how many were evaluated.
+        ten_crop: Whether to average the answers to ten crops of each image; None as the run was configured.
 
     Raises:
         InvalidInputError: The run has no checkpoint yet, or the dataset cannot be used.
@@ -76,10 +93,12 @@ def evaluate_run(uri: str, reference: str, data: Path | None, on_batch: OnBatch 
     record = best_run(uri, reference)
     config = Job.load(folder_of(record).root).parsed_config()
     net = deliver.load_trained(best_checkpoint(folder_of(record).checkpoints).path)
-    manifest = load_manifest(Path(config.data.train))
-    normalization = Normalization(*map(tuple, manifest.image.normalization(net.spec.in_channels)))
-    place = data or Path(config.data.val or config.data.train)
-    return _evaluate(net, net.spec, normalization, manifest.classes, place, config.data.transform, on_batch)
+    trained_on = config.data
+    train = Path(trained_on.train)
+    normalization = deliver.prepare(train, net.spec, trained_on.transform, trained_on.mean, trained_on.std)
+    place = data or Path(trained_on.val or trained_on.train)
+    ten_crop = trained_on.ten_crop if ten_crop is None else ten_crop
+    return _evaluate(net, net.spec, normalization, load_manifest(train).classes, place, ten_crop, on_batch)
 
 
 def predict_files(file: Path, images: Sequence[Path]) -> list[dict[str, Any]]:
@@ -113,7 +132,7 @@ def _evaluate(
     normalization: Normalization,
     classes: Sequence[str] | None,
     data: Path,
-    transform: str,
+    ten_crop: bool,
     on_batch: OnBatch | None,
 ) -> dict[str, Any]:
     total = load_manifest(data).split("val").num_samples
@@ -124,7 +143,7 @@ def _evaluate(
         normalization,
         data,
         classes=classes,
-        transform=transform,
+        ten_crop=ten_crop,
         on_batch=None if on_batch is None else lambda done: on_batch(done, total),
     )
     return metrics | {"images_per_s": metrics["num_samples"] / (time.monotonic() - started)}

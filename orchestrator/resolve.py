@@ -90,6 +90,9 @@ def train_spec(config: Config) -> TrainSpec:
             num_loaders=data.num_loaders,
             transform=data.transform,
             remainder=data.remainder,
+            ten_crop=data.ten_crop,
+            mean=data.mean,
+            std=data.std,
         ),
         schedule=Schedule(
             name=config.schedule.name,

@@ -40,7 +40,7 @@ class Batch:
     """One rank's part of a step.
 
     Attributes:
-        images: float32 (n, C, H, W), normalised.
+        images: float32 (n, C, H, W), normalised; (n, 10, C, H, W) where the transform makes ten crops.
         labels: int64 (n,).
         indices: int64 (n,): each sample's index in the split.
         global_size: Samples of the step over all ranks.

@@ -5,10 +5,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 
-from dabnn.data.transforms import Transform, make_transform
+from dabnn.data.crops import ten_crops
+from dabnn.data.manifest import ImageInfo
+from dabnn.data.transforms import CROPPING, NAMES, Transform, make_transform, normalization_for, resized_side
 from dabnn.errors import InvalidInputError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -32,10 +34,43 @@ def reference(image: Image.Image, size: int, channels: int) -> torch.Tensor:
     )(image)
 
 
-def make(name: str, size: int, channels: int, training: bool = False) -> Transform:
+def make(name: str, size: int, channels: int, training: bool = False, ten_crop: bool = False) -> Transform:
     return make_transform(
-        name, input_size=size, in_channels=channels, mean=MEAN[:channels], std=STD[:channels], training=training
+        name,
+        input_size=size,
+        in_channels=channels,
+        mean=MEAN[:channels],
+        std=STD[:channels],
+        training=training,
+        ten_crop=ten_crop,
     )
+
+
+def drawing(height: int, width: int, mode: str = "L") -> Image.Image:
+    """A few dark strokes on white paper."""
+    image = Image.new("RGB", (width, height), "white")
+    ends = np.random.default_rng(1).integers(0, max(height, width), (9, 4)).tolist()
+    for line in ends:
+        ImageDraw.Draw(image).line(line, fill="black", width=max(height // 60, 1))
+    return image.convert(mode)
+
+
+def in_torchvision(name: str, size: int, training: bool) -> list[torch.nn.Module]:
+    """What the transform of that name is in torchvision's terms, from a converted image to its pixels."""
+    part = v2.RandomResizedCrop(size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), antialias=True)
+    flip, resize = v2.RandomHorizontalFlip(), v2.Resize(resized_side(size), antialias=True)
+    rotation = v2.RandomRotation(10, interpolation=v2.InterpolationMode.BICUBIC, fill=255)
+    invert = v2.Lambda(v2.functional.invert)
+    square = v2.Resize((size, size), antialias=True)
+    if not training:
+        crop = [resize, v2.CenterCrop(size)]
+        return {"crop_flip": [square], "imagenet": crop}.get(name, [*crop, invert])
+    return {
+        "crop_flip": [square, v2.RandomCrop(size, padding=size // 8), flip],
+        "sketch": [resize, part, flip, rotation, invert],
+        "sketch_no_flip": [resize, part, rotation, invert],
+        "imagenet": [part, flip],
+    }[name]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
@@ -107,3 +142,111 @@ def test_two_channels_are_refused() -> None:
 def test_statistics_of_another_channel_count_are_refused() -> None:
     with pytest.raises(InvalidInputError, match="1 and 1 values for 3 channels"):
         make_transform("plain", input_size=8, in_channels=3, mean=(0.5,), std=(0.5,), training=False)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("auto", "plain")])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("size", "shape"), [(32, (50, 40)), (32, (32, 32)), (57, (60, 83)), (225, (300, 299))])
+def test_every_transform_is_torchvisions_given_the_same_random_parameters(
+    name: str, training: bool, size: int, shape: tuple[int, int]
+) -> None:
+    for channels, mode in ((1, "L"), (3, "RGB")):
+        image, transform = drawing(*shape, mode), make(name, size, channels, training)
+        composed = v2.Compose([*in_torchvision(name, size, training), v2.PILToTensor()])
+        for seed in range(6):
+            torch.manual_seed(seed)
+            expected = composed(image)
+            torch.manual_seed(seed)
+            assert torch.equal(transform.sample(image), expected)
+
+
+@pytest.mark.parametrize(("size", "side"), [(224, 256), (225, 256), (112, 128), (64, 73), (32, 37), (299, 342), (1, 1)])
+def test_images_are_resized_to_256_for_inputs_of_224_and_in_proportion_for_others(size: int, side: int) -> None:
+    assert resized_side(size) == side
+
+
+@pytest.mark.parametrize("name", ["sketch", "sketch_no_flip"])
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_a_blank_sheet_stays_blank_whatever_its_rotation(name: str, mode: str) -> None:
+    sheet = Image.new(mode, (100, 90), "white")
+    for channels in (1, 3):
+        transform = make(name, 64, channels, training=True)
+        torch.manual_seed(0)
+        for _ in range(20):
+            assert not transform.sample(sheet).any()
+
+
+def test_strokes_are_light_on_black_in_training_and_in_evaluation() -> None:
+    image = drawing(128, 128)
+    for training in (True, False):
+        pixels = make("sketch", 64, 1, training).sample(image)
+        assert pixels.max() > 200
+        assert float(pixels.float().mean()) < 128
+
+
+def test_only_one_of_the_sketch_transforms_mirrors() -> None:
+    left = Image.new("L", (64, 64), 255)
+    left.paste(0, (0, 0, 20, 64))
+
+    def leans_right(name: str) -> bool:
+        pixels = make(name, 64, 1, training=True).sample(left).float()[0]
+        return float(pixels[:, 32:].sum()) > float(pixels[:, :32].sum())
+
+    torch.manual_seed(0)
+    assert any(leans_right("sketch") for _ in range(30))
+    assert not any(leans_right("sketch_no_flip") for _ in range(30))
+
+
+@pytest.mark.parametrize("name", CROPPING)
+@pytest.mark.parametrize(("size", "shape"), [(32, (50, 40)), (32, (32, 32)), (224, (256, 300)), (225, (256, 256))])
+def test_ten_crops_are_torchvisions(name: str, size: int, shape: tuple[int, int]) -> None:
+    image = drawing(*shape)
+    steps = [v2.Resize(resized_side(size), antialias=True), v2.TenCrop(size)]
+    expected = torch.stack([v2.functional.pil_to_tensor(crop) for crop in v2.Compose(steps)(image)])
+    transform = make(name, size, 1, ten_crop=True)
+    assert torch.equal(transform.sample(image), 255 - expected if transform.is_inverted else expected)
+
+
+def test_ten_crops_keep_every_gray_level() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+    assert torch.equal(ten_crops(levels, 16)[:5], levels.expand(5, 1, 16, 16))
+    image = Image.fromarray(levels[0].numpy())
+    crops = make("sketch", 14, 1, ten_crop=True)(image)
+    assert crops.shape == (10, 1, 14, 14)
+    centre = make("sketch", 14, 1)(image)
+    assert torch.equal(crops[4], centre)
+
+
+def test_ten_crops_need_an_image_larger_than_the_input() -> None:
+    with pytest.raises(InvalidInputError, match=r"^data\.ten_crop: plain resizes images .* use one of sketch, "):
+        make("plain", 8, 3, ten_crop=True)
+
+
+def test_training_images_are_never_ten_crops() -> None:
+    assert make("sketch", 32, 1, training=True, ten_crop=True).sample(drawing(40, 40)).shape == (1, 32, 32)
+
+
+INFO = ImageInfo(3, 8, 8, mean=(0.5, 0.6, 0.7), std=(0.1, 0.2, 0.3), gray_mean=0.9, gray_std=0.25)
+
+
+def test_a_transform_that_inverts_normalises_with_the_mean_of_inverted_pixels() -> None:
+    assert normalization_for("plain", INFO, 1) == ((0.9,), (0.25,))
+    assert normalization_for("sketch", INFO, 1) == ((pytest.approx(0.1),), (0.25,))
+    mean, std = normalization_for("sketch_no_flip", INFO, 3)
+    assert mean == pytest.approx((0.5, 0.4, 0.3))
+    assert std == INFO.std
+
+
+def test_a_fixed_mean_and_deviation_are_those_of_the_pixels_that_the_network_gets() -> None:
+    assert normalization_for("sketch", INFO, 1, [0.06], [0.93]) == ((0.06,), (0.93,))
+
+
+def test_inverted_pixels_of_the_dataset_get_zero_mean_and_unit_deviation() -> None:
+    image = drawing(64, 64)
+    pixels = np.array(image) / 255
+    info = ImageInfo(1, 64, 64, (pixels.mean(),), (pixels.std(),), pixels.mean(), pixels.std())
+    mean, std = normalization_for("sketch", info, 1)
+    inverted = make_transform("sketch", input_size=56, in_channels=1, mean=mean, std=std, training=False)
+    whole = inverted.batch((255 - torch.from_numpy(np.array(image)))[None, None])
+    assert float(whole.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(whole.std(correction=0)) == pytest.approx(1, abs=1e-5)

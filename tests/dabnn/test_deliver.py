@@ -77,7 +77,7 @@ def test_run_and_file_evaluate_alike_with_any_batch_size(checkpoint: Path, file:
 def test_validation_batches_are_the_split_in_order(file: Path, digits: Path) -> None:
     packed = load_packed(file)
     assert packed.normalization is not None
-    batches = list(val_batches(digits, packed.spec, packed.normalization, "plain", 100))
+    batches = list(val_batches(digits, packed.spec, packed.normalization, 100))
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(359))
     assert batches[0].images.shape == (100, 1, 16, 16)
 
