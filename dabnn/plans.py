@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from dabnn.errors import InvalidInputError
-from dabnn.layers import BinaryConv2d
+from dabnn.layers import BinaryConv2d, LayerOptions
 
 _log = logging.getLogger(__name__)
 _IMAGE_LAYER = 1
@@ -121,7 +121,14 @@ def _convs_below(path: str, number_of: dict[str, int]) -> list[str]:
     return [name for name in number_of if name.startswith(f"{path}.")]
 
 
-def apply_plan(net: nn.Module, plan: LayerPlan, *, weights: str, center: str | None) -> None:
+def apply_plan(
+    net: nn.Module,
+    plan: LayerPlan,
+    *,
+    weights: str,
+    center: str | None,
+    options: LayerOptions = LayerOptions(),  # noqa: B008 - frozen
+) -> None:
     """Exchange, in place, the planned convolutions of a real network for binary ones that share their parameters.
 
     Binary inputs for the first convolution, which the image feeds, are allowed; a warning is logged once a process.
@@ -131,6 +138,7 @@ def apply_plan(net: nn.Module, plan: LayerPlan, *, weights: str, center: str | N
         plan: which layers; one in neither set stays as it is.
         weights: quantizer of the layers in `plan.binary_weights`.
         center: what those layers subtract first; None means the layer's default.
+        options: how all planned layers behave.
 
     Raises:
         InvalidInputError: if the plan names a layer that the model lacks, or the layer refuses the options.
@@ -148,6 +156,7 @@ def apply_plan(net: nn.Module, plan: LayerPlan, *, weights: str, center: str | N
             weight_quantizer=weights if has_binary_weights else None,
             center=center if has_binary_weights else None,
             binary_input=index in plan.binary_inputs,
+            options=options,
         )
         net.set_submodule(path, binary)
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dabnn.errors import InvalidInputError
-from dabnn.layers import BinaryConv2d
+from dabnn.layers import BinaryConv2d, LayerOptions
 from dabnn.plans import LayerPlan, apply_plan, bin_range, check_indices, numbered_convs
 
 
@@ -52,6 +52,14 @@ def test_a_plan_exchanges_exactly_the_planned_layers() -> None:
     assert kinds == {1: None, 2: ("xnor", False), 3: ("xnor", True), 4: (None, True)}
     assert dict(net.named_parameters()).keys() == parameters.keys()
     assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
+
+
+def test_a_plan_passes_the_options_to_every_layer_that_it_names() -> None:
+    net = small_net()
+    options = LayerOptions(ste="polynomial", input_ste_width=0.5)
+    apply_plan(net, LayerPlan.of([2], [3]), weights="dab", center=None, options=options)
+    layers = [module for module in net.modules() if isinstance(module, BinaryConv2d)]
+    assert [layer.options for layer in layers] == [options, options]
 
 
 def test_an_empty_plan_changes_nothing() -> None:
