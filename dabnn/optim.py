@@ -1,30 +1,37 @@
-"""Optimizers by name. The learning rate is set before each step, never by a scheduler object with state."""
+"""Optimizers by name. The learning rate is set before each step, never by a scheduler object with state.
 
-from collections.abc import Callable, Iterable
+Weight decay acts on the weights of convolutions and linear layers. Everything else is left alone unless `decay_all`:
+BatchNorm's scale and shift, biases, alpha and beta of learned quantizers, shifts of inputs and activations, slopes of
+PReLU. Pulling those towards zero changes the function without making it simpler, and would pull the two values of a
+learned quantizer together.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from dabnn.errors import InvalidInputError
+from dabnn.choices import unknown_choice
+from dabnn.errors import DabError
 from dabnn.spec import OptimSpec
 
-_Factory = Callable[[Iterable[nn.Parameter], OptimSpec], torch.optim.Optimizer]
+Groups = list[dict[str, Any]]
+_Factory = Callable[[Groups, OptimSpec], torch.optim.Optimizer]
 
 
-def _adam(parameters: Iterable[nn.Parameter], spec: OptimSpec) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, weight_decay=spec.weight_decay)
+def _sgd(groups: Groups, spec: OptimSpec) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.0, momentum=spec.momentum, nesterov=spec.nesterov)
 
 
-def _adamw(parameters: Iterable[nn.Parameter], spec: OptimSpec) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, weight_decay=spec.weight_decay)
-
-
-def _sgd(parameters: Iterable[nn.Parameter], spec: OptimSpec) -> torch.optim.Optimizer:
-    momentum, decay = spec.momentum, spec.weight_decay
-    return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=decay, nesterov=spec.nesterov)
-
-
-_FACTORIES: dict[str, _Factory] = {"adam": _adam, "adamw": _adamw, "sgd": _sgd}
+_FACTORIES: Mapping[str, _Factory] = {
+    "adam": lambda groups, _: torch.optim.Adam(groups),
+    "adamw": lambda groups, _: torch.optim.AdamW(groups),
+    "sgd": _sgd,
+    "adagrad": lambda groups, _: torch.optim.Adagrad(groups),
+    "adamax": lambda groups, _: torch.optim.Adamax(groups),
+    "adadelta": lambda groups, _: torch.optim.Adadelta(groups),
+}
 
 
 def make_optimizer(net: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
@@ -34,11 +41,40 @@ def make_optimizer(net: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
         InvalidInputError: No optimizer has that name.
     """
     if spec.name not in _FACTORIES:
-        raise InvalidInputError(f"optim.name: {spec.name!r} is not known. Use one of {', '.join(_FACTORIES)}.")
-    return _FACTORIES[spec.name](net.parameters(), spec)
+        raise unknown_choice("optim.name", spec.name, _FACTORIES)
+    return _FACTORIES[spec.name](parameter_groups(net, spec), spec)
+
+
+def parameter_groups(net: nn.Module, spec: OptimSpec) -> Groups:
+    """Return the parameters of `net` as at most two groups: one with the weight decay, one without."""
+    layers = (module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear))
+    weights = {layer.weight for layer in layers}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in net.parameters():
+        (decayed if spec.decay_all or parameter in weights else others).append(parameter)
+    groups = ((decayed, spec.weight_decay), (others, 0.0))
+    return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def take_step(optimizer: torch.optim.Optimizer) -> None:
+    """Update the parameters from their gradients.
+
+    Raises:
+        DabError: The learning rate is so large that the step leaves the range of float32.
+    """
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        rate = optimizer.param_groups[0]["lr"]
+        raise DabError(
+            f"optim.max_lr: a step at the rate {rate:g} is not finite in float32. Lower optim.max_lr."
+        ) from error

@@ -6,6 +6,7 @@ Nothing here holds a position: a resumed run asks for the epoch it is at and get
 | name | rate |
 | --- | --- |
 | decay | max(max_lr / level^floor(t / interval), min_lr), the reference program's schedule (arXiv 1804.02941); t is not cut at T |
+| step | max(max_lr / level^m, min_lr), m the number of `milestones` that the epoch has reached, counted with warm-up (torch's MultiStepLR) |
 | cosine | min_lr + (max_lr - min_lr) (1 + cos(pi t / T)) / 2 (SGDR without restarts, arXiv 1608.03983, equation 5) |
 | linear | max_lr + (min_lr - max_lr) t / T |
 | constant | max_lr |
@@ -15,8 +16,9 @@ Warm-up, before t = 0: (epoch / warmup_epochs) times the schedule's first rate, 
 of a step rather than its start if the first step must count.
 """  # noqa: E501 - table rows
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dabnn.choices import unknown_choice
@@ -30,13 +32,14 @@ class Schedule:
     """What the learning rate does over a run; rates without unit, times in epochs.
 
     Attributes:
-        name: decay, cosine, linear, constant or one_cycle.
+        name: decay, step, cosine, linear, constant or one_cycle.
         max_lr: highest rate.
         epochs: length of the run, warm-up included.
         min_lr: lowest rate after warm-up.
         interval: decay: epochs between two divisions.
-        level: decay: divisor.
+        level: decay, step: divisor.
         warmup_epochs: linear rise before the schedule starts.
+        milestones: step: rising epochs, counted from the start of the run.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Schedule:
     interval: float = 50
     level: float = 2
     warmup_epochs: float = 0
+    milestones: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         """Raise InvalidInputError, naming the field, for values that give no schedule."""
@@ -58,6 +62,8 @@ class Schedule:
         _require(self.epochs > 0, "train.epochs", self.epochs, "must be above 0")
         _require(self.interval > 0, "schedule.interval", self.interval, "must be above 0")
         _require(self.level >= 1, "schedule.level", self.level, "divides the rate, so it must be at least 1")
+        falls = self.name == "step" and not all(a < b for a, b in itertools.pairwise(self.milestones))
+        _require(not falls, "schedule.milestones", list(self.milestones), "must rise from each to the next")
         below = 0 <= self.warmup_epochs < self.epochs
         _require(
             below, "schedule.warmup_epochs", self.warmup_epochs, f"must lie below the {self.epochs} epochs of the run"
@@ -72,7 +78,7 @@ def learning_rate(schedule: Schedule, epoch: float) -> float:
     return curve(schedule, epoch - schedule.warmup_epochs)
 
 
-def _require(holds: bool, field: str, value: float, limit: str) -> None:
+def _require(holds: bool, field: str, value: object, limit: str) -> None:
     if not holds:
         raise InvalidInputError(f"{field}: {value} {limit}.")
 
@@ -89,6 +95,11 @@ def _between(low: float, high: float, phase: float) -> float:
 def _decay(schedule: Schedule, t: float) -> float:
     # A negative power, since it underflows to zero where the positive one overflows.
     return max(schedule.max_lr * float(schedule.level) ** -math.floor(t / schedule.interval), schedule.min_lr)
+
+
+def _step(schedule: Schedule, t: float) -> float:
+    reached = sum(milestone <= t + schedule.warmup_epochs for milestone in schedule.milestones)
+    return max(schedule.max_lr * float(schedule.level) ** -reached, schedule.min_lr)
 
 
 def _cosine(schedule: Schedule, t: float) -> float:
@@ -112,6 +123,7 @@ def _one_cycle(schedule: Schedule, t: float) -> float:
 
 _CURVES: Mapping[str, Callable[[Schedule, float], float]] = {
     "decay": _decay,
+    "step": _step,
     "cosine": _cosine,
     "linear": _linear,
     "constant": _constant,

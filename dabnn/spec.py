@@ -48,16 +48,82 @@ class OptimSpec:
     """The optimizer; the learning rate comes from the schedule.
 
     Attributes:
-        name: "adam", "adamw" or "sgd".
+        name: See `dabnn.optim`.
         weight_decay: L2 coefficient as the named optimizer of torch understands it.
         momentum: Momentum of sgd; ignored by the others.
         nesterov: Nesterov momentum for sgd.
+        decay_all: Whether the decay acts on vectors and scalars too, not only on weights of layers.
     """
 
     name: str = "adam"
     weight_decay: float = 0.0
     momentum: float = 0.9
     nesterov: bool = False
+    decay_all: bool = False
+
+
+@dataclass(frozen=True)
+class KurtosisSpec:
+    """A penalty on the latent weights of the binary layers, see `dabnn.losses.kurtosis_penalty`.
+
+    Attributes:
+        weight: Its factor in the loss.
+        target: Kurtosis aimed at.
+    """
+
+    weight: float
+    target: float = 1.8
+
+
+@dataclass(frozen=True)
+class DistillSpec:
+    """A teacher, see `dabnn.losses.distillation`.
+
+    Attributes:
+        teacher: Checkpoint file, or "stage:NAME" for the network at the end of an earlier stage of the same run.
+        temperature: Divisor of the logits.
+        weight: Share of the distillation in the loss of a sample; the cross-entropy has the rest.
+    """
+
+    teacher: str
+    temperature: float = 4.0
+    weight: float = 0.5
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What is minimised.
+
+    Attributes:
+        label_smoothing: Share of the target that is spread evenly over all classes.
+        kurtosis: Penalty on the latent weights, or None.
+        distill: Teacher, or None.
+    """
+
+    label_smoothing: float = 0.0
+    kurtosis: KurtosisSpec | None = None
+    distill: DistillSpec | None = None
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One part of a run: it starts with the weights of the part before and a fresh optimizer.
+
+    Attributes:
+        name: Unique in the run; empty for the only part of a run without stages.
+        epochs: Passes over the training split.
+        model: Keyword arguments of `dabnn.models.build`; stages differ in what is binary and how, in nothing else.
+        schedule: The learning rate as a function of the stage's own epoch.
+        optim: The optimizer.
+        loss: What is minimised.
+    """
+
+    name: str
+    epochs: int
+    model: dict[str, Any]
+    schedule: Schedule
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    loss: LossSpec = field(default_factory=LossSpec)
 
 
 @dataclass(frozen=True)
@@ -83,11 +149,17 @@ class TrainSpec:
 
     Attributes:
         seed: Decides initial weights, sample order, augmentation and dropout.
-        model: Keyword arguments of `dabnn.models.build`, `name` included.
+        model: Keyword arguments of `dabnn.models.build`, `name` included; with stages, those of the last one.
         data: The samples.
-        schedule: The learning rate as a function of the epoch.
-        optim: The optimizer.
-        epochs: Passes over the training split.
+        schedule: The learning rate as a function of the epoch; with stages, that of the last one.
+        epochs: Passes over the training split; with stages, the sum of theirs.
+        optim: The optimizer; with stages, that of the last one.
+        loss: What is minimised; with stages, that of the last one.
+        stages: Parts of the run in order; empty for one part, as the fields above say.
+        precision: "fp32", or "bf16" for the arithmetic of training steps.
+        ema_decay: Decay per step of the weights' moving average that is evaluated and exported; None evaluates the
+            weights themselves.
+        sync_bn: Whether BatchNorm takes its statistics over all ranks.
         num_workers: Planned number of ranks; decides how a small last batch is merged.
         checkpoint: When to write checkpoints.
         init_from: Checkpoint file whose weights a fresh run starts from, or None.
@@ -99,9 +171,31 @@ class TrainSpec:
     schedule: Schedule
     epochs: int
     optim: OptimSpec = field(default_factory=OptimSpec)
+    loss: LossSpec = field(default_factory=LossSpec)
+    stages: tuple[StageSpec, ...] = ()
+    precision: str = "fp32"
+    ema_decay: float | None = None
+    sync_bn: bool = False
     num_workers: int = 1
     checkpoint: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InvalidInputError when the stages do not add up to the run."""
+        total = sum(stage.epochs for stage in self.stages)
+        if self.stages and total != self.epochs:
+            raise InvalidInputError(
+                f"train.epochs: {self.epochs}, but the stages take {total} epochs together. Make them equal."
+            )
+
+    @property
+    def parts(self) -> tuple[StageSpec, ...]:
+        """The stages, or the whole run as one without a name."""
+        return self.stages or (StageSpec("", self.epochs, self.model, self.schedule, self.optim, self.loss),)
+
+    def first_epoch(self, stage: int) -> int:
+        """Return how many epochs come before part number `stage`, counted from 0."""
+        return sum(part.epochs for part in self.parts[:stage])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the specification as plain JSON-able values; `from_dict` is the inverse."""
@@ -114,15 +208,11 @@ class TrainSpec:
         Raises:
             InvalidInputError: A key is unknown or missing.
         """
-        parts = dict(values)
-        nested = {"data": DataSpec, "schedule": Schedule, "optim": OptimSpec, "checkpoint": CheckpointPolicy}
         try:
-            for key, kind in nested.items():
-                if key in parts:
-                    parts[key] = kind(**parts[key])
-            return cls(**parts)
+            spec: TrainSpec = _from_plain(cls, values)
         except TypeError as error:
             raise InvalidInputError(f"specification: {error}. Write it with TrainSpec.to_dict().") from error
+        return spec
 
     @classmethod
     def from_file(cls, path: Path) -> "TrainSpec":
@@ -135,3 +225,28 @@ class TrainSpec:
             return cls.from_dict(json.loads(path.read_text()))
         except (OSError, json.JSONDecodeError) as error:
             raise InvalidInputError(f"{path}: no readable specification ({error}).") from error
+
+
+# Field -> the class of its value, or of the entries of its list.
+_NESTED: dict[str, type[Any]] = {
+    "data": DataSpec,
+    "schedule": Schedule,
+    "optim": OptimSpec,
+    "checkpoint": CheckpointPolicy,
+    "loss": LossSpec,
+    "kurtosis": KurtosisSpec,
+    "distill": DistillSpec,
+    "stages": StageSpec,
+}
+
+
+def _from_plain(kind: type[Any], values: dict[str, Any]) -> Any:
+    return kind(**{key: _value(key, value) for key, value in values.items()})
+
+
+def _value(key: str, value: Any) -> Any:
+    if key not in _NESTED or value is None:
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(_from_plain(_NESTED[key], entry) for entry in value)
+    return _from_plain(_NESTED[key], value)
