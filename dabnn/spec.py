@@ -160,6 +160,7 @@ class TrainSpec:
         ema_decay: Decay per step of the weights' moving average that is evaluated and exported; None evaluates the
             weights themselves.
         sync_bn: Whether BatchNorm takes its statistics over all ranks.
+        instruments: Whether each layer is measured, see `dabnn.instruments`.
         num_workers: Planned number of ranks; decides how a small last batch is merged.
         checkpoint: When to write checkpoints.
         init_from: Checkpoint file whose weights a fresh run starts from, or None.
@@ -176,6 +177,7 @@ class TrainSpec:
     precision: str = "fp32"
     ema_decay: float | None = None
     sync_bn: bool = False
+    instruments: bool = True
     num_workers: int = 1
     checkpoint: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     init_from: str | None = None

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -260,11 +260,16 @@ def _status_view(current: RunStatus) -> View:
         "step": current.step,
         "rate": f"{progress['images_per_s']:.0f} images/s" if progress else "",
         "left": duration_text(progress["eta_s"]) if progress and current.status == "running" else "",
-        "metrics": ", ".join(f"{key} {value:.4g}" for key, value in current.metrics.items()),
+        "metrics": ", ".join(f"{key} {value:.4g}" for key, value in headline(current.metrics).items()),
         "checkpoints": ", ".join(Path(checkpoint["path"]).name for checkpoint in current.checkpoints),
         "folder": current.folder,
     }
     return asdict(current), "\n".join(f"{key}: {value}" for key, value in lines.items() if value not in ("", None))
+
+
+def headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that a person is shown: those of the run, without those of single layers."""
+    return {key: value for key, value in metrics.items() if "/" not in key}
 
 
 def _with_trials(records: list[RunRecord]) -> list[RunRecord]:

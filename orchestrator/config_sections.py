@@ -273,6 +273,9 @@ class Train(Section):
     sync_bn: bool = Field(default=False, description="whether BatchNorm takes its statistics over all workers")
     kurtosis: Kurtosis | None = Field(default=None, description="penalty on the latent weights' kurtosis; null: none")
     distill: Distill | None = Field(default=None, description="a teacher to learn from; null: none")
+    instruments: bool = Field(
+        default=True, description="whether each layer is measured every epoch: bits flipped, balance, dead filters"
+    )
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] | None = Field(
         default=None, description="parts of the run, in order; null: one part, as the sections above say"
     )

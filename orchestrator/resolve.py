@@ -105,6 +105,7 @@ def train_spec(config: Config) -> TrainSpec:
         ),
         optim=OptimSpec(optim.name, optim.weight_decay, optim.momentum, optim.nesterov),
         epochs=config.train.epochs,
+        instruments=config.train.instruments,
         num_workers=config.cluster.num_workers,
         checkpoint=CheckpointPolicy(**config.train.checkpoint.model_dump()),
         init_from=config.train.init_from,
