@@ -7,7 +7,17 @@ of rearranged weights.
 """
 
 from kernels.conv import packed_conv2d
-from kernels.dab import quantize_dab
+from kernels.dab import dab_threshold, quantize_dab
+from kernels.dab_warm import dab_threshold_warm
+from kernels.dense import two_valued
 from kernels.packing import pack_signs, unpack_signs
 
-__all__ = ["pack_signs", "packed_conv2d", "quantize_dab", "unpack_signs"]
+__all__ = [
+    "dab_threshold",
+    "dab_threshold_warm",
+    "pack_signs",
+    "packed_conv2d",
+    "quantize_dab",
+    "two_valued",
+    "unpack_signs",
+]

@@ -10,7 +10,8 @@ with the weights in descending order, P_k the sum of the first k and T = P_n, th
 
 which is exact two-means in one dimension. The second form is the one computed: it needs one pass and does not cancel
 when the mean is large. Sums and the decision are float64. Left out: gradients and centring, which `dabnn.quantizers`
-adds, and a Triton version (CUDA tensors run the reference).
+adds, the cheaper search from a known threshold (`kernels.dab_warm`), and a Triton version (CUDA tensors run the
+reference).
 """
 
 import torch
@@ -44,17 +45,39 @@ def quantize_dab(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(
             f"weight: shape {tuple(weight.shape)}; expected (F, ...) with at least one filter and one weight each"
         )
-    real = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    mask, alpha, beta = torch.ops.dab.quantize_dab(real)
+    threshold, alpha, beta = dab_threshold(weight)
     if not (torch.isfinite(alpha) & torch.isfinite(beta)).all():
         raise ValueError(
             "weight: holds NaN or infinite values; no threshold separates them, so look for a diverged step"
         )
-    return mask, alpha, beta
+    return weight.detach() >= threshold.view(-1, *[1] * (weight.dim() - 1)), alpha, beta
+
+
+def dab_threshold(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the same optimum, its mask given as a threshold, without a look at the values: nothing waits for a device.
+
+    Args:
+        weight: (F, ...), a floating type, at least one weight a filter.
+
+    Returns:
+        threshold: (F,) smallest weight of the upper group, in weight's type or float32, whichever is wider; the mask
+            is `weight >= threshold`.
+        alpha: (F,) as `quantize_dab`; alpha or beta is not finite where a weight of the filter is not.
+        beta: (F,) as `quantize_dab`.
+    """
+    real = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    threshold, alpha, beta = torch.ops.dab.dab_threshold(real)
+    return threshold, alpha, beta
 
 
 def quantize_dab_reference(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-torch `quantize_dab` without its checks; a filter with a NaN or infinite weight gets such a scalar."""
+    threshold, alpha, beta = dab_threshold_reference(weight)
+    return weight >= threshold.view(-1, *[1] * (weight.dim() - 1)), alpha, beta
+
+
+def dab_threshold_reference(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain-torch `dab_threshold`."""
     flat = weight.flatten(1)
     size = flat.shape[1]
     ordered = flat.sort(dim=1, descending=True).values
@@ -67,33 +90,30 @@ def quantize_dab_reference(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     best = gain.masked_fill(~is_edge, -1.0).argmax(dim=1, keepdim=True)
     best = torch.where(is_edge.any(dim=1, keepdim=True), best, size - 1)
 
-    mask = flat >= ordered.gather(1, best)
     upper = prefix.gather(1, best)
     num_lower = size - 1 - best
     alpha = upper / (best + 1)
     beta = torch.where(num_lower > 0, (total - upper) / num_lower.clamp_min(1), alpha)
-    return mask.view(weight.shape), alpha.squeeze(1).to(weight.dtype), beta.squeeze(1).to(weight.dtype)
+    scalars = [value.squeeze(1).to(weight.dtype) for value in (ordered.gather(1, best), alpha, beta)]
+    return scalars[0], scalars[1], scalars[2]
 
 
-def _quantize_dab_fake(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _dab_threshold_fake(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scalars = weight.new_empty(weight.shape[0])
-    return weight.new_empty(weight.shape, dtype=torch.bool), scalars, torch.empty_like(scalars)
+    return scalars, torch.empty_like(scalars), torch.empty_like(scalars)
 
 
-def _quantize_dab_cpu(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _dab_threshold_cpu(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not has_numba():
-        return quantize_dab_reference(weight)
+        return dab_threshold_reference(weight)
     from kernels import dab_numba
 
-    alpha = weight.new_empty(weight.shape[0])
-    beta = torch.empty_like(alpha)
-    threshold = torch.empty_like(alpha)
+    threshold, alpha, beta = _dab_threshold_fake(weight)
     dab_numba.launch(weight, threshold, alpha, beta)
-    mask = weight >= threshold.view(-1, *[1] * (weight.dim() - 1))
-    return mask, alpha, beta
+    return threshold, alpha, beta
 
 
-torch.library.define("dab::quantize_dab", "(Tensor weight) -> (Tensor mask, Tensor alpha, Tensor beta)")
-torch.library.impl("dab::quantize_dab", "CompositeExplicitAutograd", quantize_dab_reference)
-torch.library.impl("dab::quantize_dab", "CPU", _quantize_dab_cpu)
-torch.library.register_fake("dab::quantize_dab", _quantize_dab_fake)
+torch.library.define("dab::dab_threshold", "(Tensor weight) -> (Tensor threshold, Tensor alpha, Tensor beta)")
+torch.library.impl("dab::dab_threshold", "CompositeExplicitAutograd", dab_threshold_reference)
+torch.library.impl("dab::dab_threshold", "CPU", _dab_threshold_cpu)
+torch.library.register_fake("dab::dab_threshold", _dab_threshold_fake)

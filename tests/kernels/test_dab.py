@@ -133,5 +133,5 @@ def test_the_weight_itself_is_left_alone():
 
 
 def test_the_operator_has_a_faithful_fake():
-    operator = torch.ops.dab.quantize_dab.default
+    operator = torch.ops.dab.dab_threshold.default
     torch.library.opcheck(operator, (torch.randn(3, 4, 3, 3),), test_utils=("test_schema", "test_faketensor"))
