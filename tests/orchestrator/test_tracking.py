@@ -5,14 +5,17 @@ import socket
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
 
 from dabnn.errors import DabError, InvalidInputError
 from orchestrator import processes, tracking
+from orchestrator.commands import show_status
 from orchestrator.home import home
 from orchestrator.mlflow_client import unchecked_client
 
@@ -189,6 +192,40 @@ def test_lines_are_sent_as_they_appear_and_replayed_steps_once(
     assert follower.close(timeout_s=10) == 0
     assert history(uri, run_id, "loss") == [(0, 1.0), (1, 0.5), (2, 0.25), (3, 0.125)]
     assert history(uri, run_id, "top1") == [(0, 0.1)]
+
+
+def test_the_instruments_of_a_deep_network_arrive_in_few_calls(
+    uri: str, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def note_size(self: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), **more: object) -> None:
+        sizes.append(len(metrics))
+        log_batch(self, run_id, metrics, **more)
+
+    log_batch = MlflowClient.log_batch
+    monkeypatch.setattr(MlflowClient, "log_batch", note_size)
+    keys = [f"layers/{layer:02d}/{what}" for layer in range(1, 54) for what in ("flipped_share", "gap", "dead_filters")]
+    path = tmp_path / "metrics.jsonl"
+    append(path, "".join(report(epoch, **dict.fromkeys(keys, epoch / 8)) for epoch in range(1, 21)))
+    running = tracking.MetricFollower(uri)
+    running.follow(path, run_id)
+    assert running.close(timeout_s=30) == 0
+    assert sizes == [1000, 1000, 1000, 180]
+    assert set(tracking.find_run(uri, run_id).metrics) == set(keys)
+    assert history(uri, run_id, "layers/53/gap") == [(epoch, epoch / 8) for epoch in range(1, 21)]
+
+
+def test_a_person_sees_the_metrics_of_the_run_and_a_program_those_of_the_layers_too(uri: str, tmp_path: Path) -> None:
+    metrics = {"val_top1": 81.25, "layers/02/flipped_share": 0.001, "layers/02/gap": 0.5}
+    append(tmp_path / "metrics.jsonl", report(1, **metrics))
+    run_id = tracking.create_run(uri, "test", "measured", params={}, tags={"dab.folder": str(tmp_path)})
+    tracking.set_status(uri, run_id, "finished")
+    data, text = show_status(uri, run_id, lambda _: None)
+    assert "metrics: val_top1 81.25\n" in text
+    assert "layers/" not in text
+    assert isinstance(data, dict)
+    assert data["metrics"] == metrics
 
 
 def test_a_later_follower_goes_on_where_the_first_ended(uri: str, run_id: str, tmp_path: Path) -> None:
