@@ -1,0 +1,279 @@
+"""From what layers cost and lose to a layer plan within a budget.
+
+Cost model: a multiply-accumulate counts as one operation; where weights and inputs are both binary, 64 of them do
+(`BINARY_MACS_PER_OPERATION`), since a processor's word holds 64 signs. Binary weights with real inputs save bytes, not
+operations: they still take an addition each. Linear layers, BN and activations are the same in every plan and left out
+of the operations. Bytes are those of the packed file, `dabnn.models.table`.
+
+Value model: the layers' changes of accuracy, each measured alone, are added up. So a predicted accuracy ranks plans of
+one network; it is no forecast of what training with the plan reaches.
+
+The choice is a knapsack with one pick a layer (its own state or another), solved exactly by dynamic programming over
+the undominated (cost, value) pairs. Values are whole images and so there are at most as many pairs as totals, a few
+thousand.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dabnn.errors import InvalidInputError
+from dabnn.models import LayerRow, ModelSpec, Network, build, describe
+from dabnn.models.table import FLOAT_BYTES, saved_bytes
+from dabnn.plans import LayerPlan, numbered_convs
+from dabnn.sensitivity import LayerFigures
+
+BINARY_MACS_PER_OPERATION = 64
+# Operations of the default budget over those of the cheapest plan: what real inputs in two of seven layers of
+# Sketch-A-Net cost in the Hybrid paper (180 against 127 MFLOP), rounded up.
+DEFAULT_SLACK = 1.5
+_IMAGE_LAYER = 1
+_OPTIONS = {"operations": ("--budget-ops", "operations"), "packed_bytes": ("--budget-bytes", "bytes")}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layer, or a network, costs.
+
+    Attributes:
+        operations: For one image, as the cost model counts them, times `BINARY_MACS_PER_OPERATION`: a whole number.
+        packed_bytes: Of the packed file.
+    """
+
+    operations: int
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one layer can be in a plan.
+
+    Attributes:
+        binary_weights: Whether its weights are binary.
+        binary_inputs: Whether its inputs are.
+        value: Images more (or, below zero, fewer) that the network gets right.
+    """
+
+    binary_weights: bool
+    binary_inputs: bool
+    value: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan may cost.
+
+    Attributes:
+        measure: What is limited: operations for one image, or bytes of the packed file.
+        limit: So many at most.
+    """
+
+    measure: Literal["operations", "packed_bytes"]
+    limit: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan and what is expected of it.
+
+    Attributes:
+        binary_weights: Paths of the layers with binary weights.
+        binary_inputs: Paths of the layers with binary inputs.
+        based_on: The figure that decided: gain_if_real or loss_if_binary.
+        predicted_top1: Percent; the network's own, BN statistics estimated again, plus the changes of the layers.
+        operations: For one image.
+        packed_bytes: Of the packed file.
+        own_operations: Of the run's network.
+        own_packed_bytes: Of the run's network.
+        budget: What was allowed.
+    """
+
+    binary_weights: list[str]
+    binary_inputs: list[str]
+    based_on: str
+    predicted_top1: float
+    operations: float
+    packed_bytes: int
+    own_operations: float
+    own_packed_bytes: int
+    budget: Budget
+
+
+def layer_choices(layer: LayerFigures, num_images: int, *, from_gains: bool) -> list[Choice]:
+    """Return what a layer can be, as it is now first.
+
+    Args:
+        layer: What was measured.
+        num_images: Images that accuracies are shares of.
+        from_gains: Whether the network is binary, so that layers may become real; else real ones may become binary.
+            The first layer, which the image feeds, is never given binary inputs.
+    """
+    now = Choice(layer.binary_weights, layer.binary_inputs, 0)
+    found = (
+        [(False, False, layer.gain_if_real), (True, False, layer.gain_if_real_inputs)]
+        if from_gains
+        else [
+            (True, False, _negative(layer.loss_if_binary_weights)),
+            (True, True, None if layer.index == _IMAGE_LAYER else _negative(layer.loss_if_binary)),
+        ]
+    )
+    return [now] + [
+        Choice(weights, inputs, round(points * num_images / 100))
+        for weights, inputs, points in found
+        if points is not None
+    ]
+
+
+def _negative(points: float | None) -> float | None:
+    return None if points is None else -points
+
+
+def choose(groups: Sequence[Sequence[tuple[int, int]]], limit: int) -> list[int] | None:
+    """Return which (cost, value) to take of each group so that costs stay within `limit` and values are largest.
+
+    Of equal values the cheapest wins. Costs may be negative, as long as they are whole numbers like the values.
+
+    Returns:
+        One position a group, or None where even the cheapest of each exceeds the limit.
+    """
+    cheapest = [min(cost for cost, _ in group) for group in groups]
+    rest = sum(cheapest)
+    # (cost, value, picks as a linked list), costs and values both rising.
+    frontier: list[tuple[int, int, Any]] = [(0, 0, None)]
+    for group, least in zip(groups, cheapest, strict=True):
+        rest -= least
+        longer = [
+            (cost + more, value + gain, (picks, position))
+            for cost, value, picks in frontier
+            for position, (more, gain) in enumerate(group)
+            if cost + more + rest <= limit
+        ]
+        frontier = _undominated(longer)
+    if not frontier:
+        return None
+    taken, picks = [], frontier[-1][2]
+    while picks is not None:
+        picks, position = picks
+        taken.append(position)
+    return taken[::-1]
+
+
+def _undominated(states: list[tuple[int, int, Any]]) -> list[tuple[int, int, Any]]:
+    kept: list[tuple[int, int, Any]] = []
+    for state in sorted(states, key=lambda state: (state[0], -state[1])):
+        if not kept or state[1] > kept[-1][1]:
+            kept.append(state)
+    return kept
+
+
+def propose(
+    spec: ModelSpec, layers: Sequence[LayerFigures], *, num_images: int, top1: float, budget: Budget | None = None
+) -> Proposal:
+    """Return the plan with the best predicted accuracy within a budget.
+
+    From `gain_if_real` where the network has binary layers, which may become less so; else from `loss_if_binary`.
+
+    Args:
+        spec: The run's model.
+        layers: What was measured of each layer.
+        num_images: Images that accuracies are shares of.
+        top1: Of the network in percent, BN statistics estimated again.
+        budget: What the plan may cost; None allows `DEFAULT_SLACK` times the operations of the cheapest plan.
+
+    Raises:
+        InvalidInputError: The budget is less than the cheapest plan needs.
+    """
+    from_gains = any(layer.binary_weights or layer.binary_inputs for layer in layers)
+    groups = [layer_choices(layer, num_images, from_gains=from_gains) for layer in layers]
+    own = plan_cost(spec, layers, [group[0] for group in groups])
+    costs = choice_costs(spec, groups)
+    if budget is None:
+        cheapest = sum(min(cost.operations for cost in group) for group in costs)
+        budget = Budget("operations", DEFAULT_SLACK * cheapest / BINARY_MACS_PER_OPERATION)
+    picks = _picks(groups, costs, own, budget)
+    chosen = [group[pick] for group, pick in zip(groups, picks, strict=True)]
+    cost = plan_cost(spec, layers, chosen)
+    gain = 100 * sum(choice.value for choice in chosen) / num_images
+    return Proposal(
+        binary_weights=[layer.path for layer, choice in zip(layers, chosen, strict=True) if choice.binary_weights],
+        binary_inputs=[layer.path for layer, choice in zip(layers, chosen, strict=True) if choice.binary_inputs],
+        based_on="gain_if_real" if from_gains else "loss_if_binary",
+        predicted_top1=min(100.0, max(0.0, top1 + gain)),
+        operations=cost.operations / BINARY_MACS_PER_OPERATION,
+        packed_bytes=cost.packed_bytes,
+        own_operations=own.operations / BINARY_MACS_PER_OPERATION,
+        own_packed_bytes=own.packed_bytes,
+        budget=budget,
+    )
+
+
+def _picks(groups: Sequence[Sequence[Choice]], costs: Sequence[Sequence[Cost]], own: Cost, budget: Budget) -> list[int]:
+    if budget.measure == "operations":
+        prices = [[cost.operations for cost in group] for group in costs]
+        limit, unit, elsewhere = math.floor(budget.limit * BINARY_MACS_PER_OPERATION), BINARY_MACS_PER_OPERATION, 0
+    else:
+        prices = [[cost.packed_bytes for cost in group] for group in costs]
+        # What lies outside the convolutions, such as BN.
+        elsewhere = own.packed_bytes - sum(group[0] for group in prices)
+        limit, unit = math.floor(budget.limit) - elsewhere, 1
+    values = [[choice.value for choice in group] for group in groups]
+    picks = choose([list(zip(*pair, strict=True)) for pair in zip(prices, values, strict=True)], limit)
+    if picks is None:
+        least = (sum(min(group) for group in prices) + elsewhere) / unit
+        option, what = _OPTIONS[budget.measure]
+        raise InvalidInputError(
+            f"{option}: {budget.limit:,.0f} {what} are too few: this network takes {least:,.0f} even where every layer "
+            "that was measured is as cheap as it gets. Allow at least these."
+        )
+    return picks
+
+
+def plan_cost(spec: ModelSpec, layers: Sequence[LayerFigures], chosen: Sequence[Choice]) -> Cost:
+    """Return the cost of the model with these layers binary; its shapes are enough, no weights are made."""
+    pairs = list(zip(layers, chosen, strict=True))
+    plan = LayerPlan.of(
+        [layer.index for layer, choice in pairs if choice.binary_weights],
+        [layer.index for layer, choice in pairs if choice.binary_inputs],
+    )
+    table = describe(_shapes(spec, plan))
+    return Cost(sum(map(_operations, table.layers)), table.packed_bytes)
+
+
+def choice_costs(spec: ModelSpec, groups: Sequence[Sequence[Choice]]) -> list[list[Cost]]:
+    """Return the cost of every choice of every layer, `groups` in the order of their numbers."""
+    costs: dict[tuple[int, bool, bool], Cost] = {}
+    for weights, inputs in {(choice.binary_weights, choice.binary_inputs) for group in groups for choice in group}:
+        # One network for all layers that can be so.
+        able = [
+            index
+            for index, group in enumerate(groups, start=1)
+            if any((choice.binary_weights, choice.binary_inputs) == (weights, inputs) for choice in group)
+        ]
+        net = _shapes(spec, LayerPlan.of(able if weights else [], able if inputs else []))
+        convs = numbered_convs(net)
+        for row in describe(net).layers:
+            costs[row.index, weights, inputs] = Cost(_operations(row), _bytes(convs[row.index][1], weights))
+    return [
+        [costs[index, choice.binary_weights, choice.binary_inputs] for choice in group]
+        for index, group in enumerate(groups, start=1)
+    ]
+
+
+def _shapes(spec: ModelSpec, plan: LayerPlan) -> Network:
+    """Return the model with another plan, without memory for its parameters."""
+    values = asdict(spec) | {"bin_start": None, "bin_end": None, "layers": None, "inputs": "model", "plan": plan}
+    with torch.device("meta"):
+        return build(**values)
+
+
+def _operations(row: LayerRow) -> int:
+    return BINARY_MACS_PER_OPERATION * (row.macs - row.bit_ops) + row.bit_ops
+
+
+def _bytes(conv: nn.Conv2d, has_binary_weights: bool) -> int:
+    whole = FLOAT_BYTES * sum(parameter.numel() for parameter in conv.parameters())
+    return whole - saved_bytes(conv) if has_binary_weights else whole
