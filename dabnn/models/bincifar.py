@@ -13,56 +13,34 @@ positions of larger images into the batch; the output is logits.
 
 from torch import nn
 
-from dabnn.models.family import (
-    Family,
-    Kind,
-    Shape,
-    Stages,
-    Variant,
-    bn_conv_relu,
-    conv_bn_relu,
-    refuse_input_size,
-)
-
-_LAST = 8
+from dabnn.models.blocks import Blocks
+from dabnn.models.family import Family, Kind, Stages, Variant, refuse_input_size
 
 
-def _stages(variant: Variant, shape: Shape) -> Stages:
-    stages: Stages = {}
-    for index, conv in enumerate(_convs(shape), start=1):
-        if index == 1:
-            stages |= conv_bn_relu(index, conv)
-        elif index < _LAST:
-            stages |= bn_conv_relu(index, conv)
-        else:
-            stages |= _head(variant, conv)
-        if index in (2, 4, 6):
-            stages[f"pool{index}"] = nn.MaxPool2d(2)
-        if index in (4, 6):
-            stages[f"dropout{index}"] = nn.Dropout2d(0.4)
-    return stages
-
-
-def _head(variant: Variant, conv: nn.Conv2d) -> Stages:
-    norm: Stages = {"bn8": nn.BatchNorm2d(conv.in_channels)} if variant.kind is Kind.FLOAT else {}
-    return norm | {"conv8": conv, "flatten": nn.Flatten()}
-
-
-def _convs(shape: Shape) -> list[nn.Conv2d]:
-    if shape.input_size < 16 or shape.input_size % 8:
+def _stages(b: Blocks) -> Stages:
+    if b.shape.input_size % 8:
         rule = "its three pools halve the image, so the size must be a multiple of 8, at least 16"
-        raise refuse_input_size("bincifar", shape.input_size, rule)
-    c1, c3, c5, c7 = (shape.channels(full) for full in (128, 256, 512, 1024))
-    return [
-        nn.Conv2d(shape.in_channels, c1, 3, padding=1),
+        raise refuse_input_size("bincifar", b.shape.input_size, rule)
+    c1, c3, c5, c7 = (b.shape.channels(full) for full in (128, 256, 512, 1024))
+    convs = [
+        nn.Conv2d(b.shape.in_channels, c1, 3, padding=1),
         nn.Conv2d(c1, c1, 3, padding=1),
         nn.Conv2d(c1, c3, 3, padding=1),
         nn.Conv2d(c3, c3, 3, padding=1),
         nn.Conv2d(c3, c5, 3, padding=1),
         nn.Conv2d(c5, c5, 3, padding=1),
-        nn.Conv2d(c5, c7, shape.input_size // 8),
-        nn.Conv2d(c7, shape.num_classes, 1),
+        nn.Conv2d(c5, c7, b.shape.input_size // 8),
     ]
+    stages: Stages = {}
+    for index, conv in enumerate(convs, start=1):
+        stages |= b.unit(index, conv, norm_first=index > 1)
+        if index in (2, 4, 6):
+            stages[f"pool{index}"] = nn.MaxPool2d(2)
+        if index in (4, 6):
+            stages[f"dropout{index}"] = nn.Dropout2d(0.4)
+    if b.variant.kind is Kind.FLOAT:
+        stages["bn8"] = nn.BatchNorm2d(c7)
+    return stages | {"conv8": nn.Conv2d(c7, b.shape.num_classes, 1), "flatten": nn.Flatten()}
 
 
 BINCIFAR = Family(
@@ -73,5 +51,7 @@ BINCIFAR = Family(
     },
     in_channels=3,
     input_size=32,
+    num_classes=10,
+    smallest=16,
     build=_stages,
 )

@@ -1,17 +1,25 @@
 """What a family of models is: one real architecture, and variants that differ in block order and sign inputs.
 
-A family is one file of this package that defines a `Family`; nothing else has to know it but the list in `zoo.py`.
+A family is one file of this package that defines a `Family`; nothing else has to know it but the list in `zoo.py`. Its
+modules are laid out by `dabnn.models.blocks`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from dabnn.errors import InvalidInputError
 
+if TYPE_CHECKING:
+    from dabnn.models.blocks import Blocks
+
 Stages = dict[str, nn.Module]
+
+BLOCKS = ("reference", "bireal")
+ACTIVATIONS = ("relu", "rprelu")
 
 
 class Kind(Enum):
@@ -22,6 +30,7 @@ class Kind(Enum):
     BOTH = "fbin"
     HYBRID = "hybrid"
     HYBRID_V2 = "hybridv2"
+    HYBRID_V3 = "hybridv3"
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,20 @@ class Variant:
 
     Attributes:
         kind: decides biases, dropout and whether a range is binarized by default.
-        signs: numbers of the convolutions that take sign inputs; these also stand in the order BN, Sign, conv, ReLU.
+        signs: numbers of the convolutions that take sign inputs and stand in the order that goes with them.
+        weights: numbers of the convolutions with binary weights by default; None for the reference's range, which is
+            all but the first convolution and the classifier, and no layer where the kind is float.
+        block: default order of the blocks, one of `BLOCKS`.
+        activation: default activation, one of `ACTIVATIONS`; None for that of the block order.
+        options: defaults of `dabnn.options.LayerOptions` that differ from its own.
     """
 
     kind: Kind
     signs: frozenset[int] = frozenset()
+    weights: frozenset[int] | None = None
+    block: str = "reference"
+    activation: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,8 +65,13 @@ class Shape:
     width: float
 
     def channels(self, full_width: int) -> int:
-        """Return a hidden channel count times the width, to the nearest multiple of 8 where that is at least 8."""
+        """Return a hidden channel count times the width, to the nearest multiple of 8 where that is at least 8.
+
+        Width 1 returns the published count as it is.
+        """
         exact = full_width * self.width
+        if exact == full_width:
+            return full_width
         return round(exact / 8) * 8 if exact >= 8 else max(1, round(exact))
 
 
@@ -61,25 +84,21 @@ class Family:
         variants: model name -> variant.
         in_channels: default number of image channels.
         input_size: default image height and width, pixels.
-        build: (variant, shape) -> the named modules of the real network, run in order, from images to (N, num_classes);
-            raises InvalidInputError, starting with `model.input_size`, for a size that does not fit.
+        num_classes: classes of the published figures.
+        smallest: least image height and width, pixels, of which something is left at the end.
+        build: lays out the named modules of the real network, run in order, from images to (N, num_classes); raises
+            InvalidInputError, starting with `model.input_size`, for a size that does not fit.
+        blocks: the block orders that it can take.
     """
 
     name: str
     variants: Mapping[str, Variant]
     in_channels: int
     input_size: int
-    build: Callable[[Variant, Shape], Stages]
-
-
-def conv_bn_relu(index: int, conv: nn.Conv2d) -> Stages:
-    """Return the block of a layer with a real input: conv, BN over its outputs, ReLU."""
-    return {f"conv{index}": conv, f"bn{index}": nn.BatchNorm2d(conv.out_channels), f"relu{index}": nn.ReLU()}
-
-
-def bn_conv_relu(index: int, conv: nn.Conv2d) -> Stages:
-    """Return the block of a layer with a sign input: BN over its inputs, conv (which holds the sign), ReLU."""
-    return {f"bn{index}": nn.BatchNorm2d(conv.in_channels), f"conv{index}": conv, f"relu{index}": nn.ReLU()}
+    num_classes: int
+    smallest: int
+    build: "Callable[[Blocks], Stages]"
+    blocks: tuple[str, ...] = BLOCKS
 
 
 def refuse_input_size(family: str, input_size: int, rule: str) -> InvalidInputError:

@@ -1,11 +1,12 @@
 """The network that `build` returns, and the specification that it carries."""
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dabnn.errors import InvalidInputError
+from dabnn.models.blocks import Chain
 from dabnn.models.family import Shape, Stages
 
 
@@ -27,6 +28,10 @@ class ModelSpec:
         center: what is subtracted before quantizing; None for the default of each layer.
         inputs: "model", "none" or the numbers of the convolutions with sign inputs.
         plan: {"binary_weights": numbers, "binary_inputs": numbers} where given instead of range and inputs.
+        layers: numbers of the convolutions with binary weights where given instead of a range; None where not.
+        block: order of the blocks, reference or bireal.
+        activation: relu or rprelu; None for that of the order.
+        options: fields of `dabnn.options.LayerOptions`, for all binary layers.
     """
 
     name: str
@@ -40,13 +45,17 @@ class ModelSpec:
     center: str | None
     inputs: str | tuple[int, ...]
     plan: dict[str, tuple[int, ...]] | None
+    layers: tuple[int, ...] | None = None
+    block: str = "reference"
+    activation: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def shape(self) -> Shape:
         """Return the part that a family's architecture depends on."""
         return Shape(self.in_channels, self.input_size, self.num_classes, self.width)
 
 
-class Network(nn.Sequential):
+class Network(Chain):
     """A classifier: images (N, in_channels, input_size, input_size) floating -> logits (N, num_classes).
 
     Images of another size are refused: a fully convolutional body would fold their positions into the batch.
@@ -56,9 +65,7 @@ class Network(nn.Sequential):
     """
 
     def __init__(self, stages: Stages, spec: ModelSpec) -> None:
-        super().__init__()
-        for name, module in stages.items():
-            self.add_module(name, module)
+        super().__init__(stages)
         self.spec = spec
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the parent's name, callable by keyword
@@ -74,4 +81,4 @@ class Network(nn.Sequential):
                 f"{', '.join(map(str, expected))}). Resize the images, or build the model with other model.in_channels "
                 "and model.input_size."
             )
-        return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
+        return super().forward(input)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dabnn.layers import BinaryConv2d
+from dabnn.models.blocks import Chain
 from dabnn.models.network import ModelSpec, Network
-from dabnn.models.zoo import find
+from dabnn.models.zoo import find, real_stages
 from dabnn.plans import numbered_convs
 
 FLOAT_BYTES = 4
@@ -83,7 +84,7 @@ def describe(net: Network) -> ModelTable:
     maps = _output_sizes(spec)
     convs = numbered_convs(net)
     float_bytes = FLOAT_BYTES * (_num_elements(net.parameters()) + _num_elements(_float_buffers(net)))
-    saved = sum(_saved_bytes(conv) for _, conv in convs.values() if _has_binary_weights(conv))
+    saved = sum(saved_bytes(conv) for _, conv in convs.values() if _has_binary_weights(conv))
     return ModelTable(
         name=spec.name,
         family=family.name,
@@ -121,7 +122,8 @@ def _has_binary_weights(conv: nn.Conv2d) -> bool:
     return isinstance(conv, BinaryConv2d) and conv.weight_quantizer is not None
 
 
-def _saved_bytes(conv: nn.Conv2d) -> int:
+def saved_bytes(conv: nn.Conv2d) -> int:
+    """Return how many bytes fewer the packed file has for binary weights of this layer than for float32 ones."""
     num_weights = conv.weight.numel()
     packed = -(-num_weights // 8) + SCALAR_BYTES_PER_FILTER * conv.out_channels
     return FLOAT_BYTES * num_weights - packed
@@ -138,10 +140,9 @@ def _num_elements(tensors: Any) -> int:
 
 def _output_sizes(spec: ModelSpec) -> dict[int, int]:
     """Return {number: output positions of that convolution} from a pass over shapes alone, without data."""
-    family, variant = find(spec.name)
     sizes: dict[int, int] = {}
     with torch.device("meta"), torch.no_grad():
-        body = nn.Sequential(*family.build(variant, spec.shape()).values()).eval()
+        body = Chain(real_stages(spec)).eval()
         for index, (_, conv) in numbered_convs(body).items():
             conv.register_forward_hook(lambda _, __, output, index=index: sizes.update({index: output[0, 0].numel()}))
         body(torch.empty(1, spec.in_channels, spec.input_size, spec.input_size))
