@@ -1,8 +1,9 @@
 """Checkpoints: written in the background, atomically, checksummed, loaded with weights only.
 
 A checkpoint is `step-00000120.pt` beside `step-00000120.json`. The JSON file is written last and is the commit: a
-checkpoint without it, or whose checksum differs, is never chosen. Retention keeps the newest k and the best k. Leaves
-out object stores.
+checkpoint without it, or whose checksum differs, is never chosen. Retention keeps the newest k, the best k, and the end
+of each stage. Only the last stage of a run has checkpoints that count as best: the accuracy of a float stage says
+nothing about the binary network that the run is for. Leaves out object stores.
 """
 
 import errno
@@ -42,6 +43,9 @@ class Checkpoint:
         metrics: Metrics of the last finished epoch; empty for one taken in mid-epoch.
         sha256: Checksum of the file.
         num_bytes: Size of the file.
+        stage: Number of the stage that it was taken in, from 1.
+        num_stages: Stages of the run; 1 for a run without.
+        ends_stage: Whether the stage was over.
     """
 
     path: str
@@ -50,11 +54,30 @@ class Checkpoint:
     metrics: dict[str, float]
     sha256: str
     num_bytes: int
+    stage: int = 1
+    num_stages: int = 1
+    ends_stage: bool = False
+
+    @property
+    def is_deliverable(self) -> bool:
+        """Whether it holds the network that the run is for: that of its last stage."""
+        return self.stage == self.num_stages
 
     @property
     def score(self) -> float:
-        """`val_top1`, or minus infinity where it was not measured."""
-        return self.metrics.get(BEST_METRIC, -math.inf)
+        """`val_top1`, or minus infinity where it was not measured or is that of an earlier stage."""
+        return self.metrics.get(BEST_METRIC, -math.inf) if self.is_deliverable else -math.inf
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a checkpoint is taken; see `Checkpoint`."""
+
+    step: int
+    epoch: int
+    stage: int = 1
+    num_stages: int = 1
+    ends_stage: bool = False
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -73,15 +96,36 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def best_checkpoint(folder: Path) -> Checkpoint:
-    """Return the checkpoint with the best `val_top1`, the newest among equals.
+    """Return the checkpoint of the last stage with the best `val_top1`, the newest among equals.
 
     Raises:
         InvalidInputError: There is none yet.
     """
-    candidates = list_checkpoints(folder)
-    if not candidates:
+    found = list_checkpoints(folder)
+    if not found:
         raise InvalidInputError(f"{folder}: no checkpoint yet. Let the run finish at least one epoch.")
+    candidates = [checkpoint for checkpoint in found if checkpoint.is_deliverable]
+    if not candidates:
+        raise InvalidInputError(
+            f"{folder}: no checkpoint of the last stage yet; the newest is of stage {found[-1].stage} of "
+            f"{found[-1].num_stages}, another network than the run is for. Let the last stage finish an epoch."
+        )
     return max(candidates, key=lambda checkpoint: (checkpoint.score, checkpoint.step))
+
+
+def stage_end(folder: Path, stage: int) -> Checkpoint:
+    """Return the intact checkpoint at the end of stage number `stage`, counted from 1.
+
+    Raises:
+        InvalidInputError: There is none, or its checksum differs.
+    """
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if checkpoint.stage == stage and checkpoint.ends_stage and _is_intact(checkpoint):
+            return checkpoint
+    raise InvalidInputError(
+        f"{folder}: the checkpoint at the end of stage {stage} is missing or damaged. Restore the file, or start the "
+        "run again."
+    )
 
 
 def restore_point(folder: Path) -> Checkpoint | None:
@@ -124,15 +168,15 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, state: dict[str, Any], *, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Start writing `state` (tensors, containers and plain values) as the checkpoint of `step`.
+    def save(self, state: dict[str, Any], moment: Moment, metrics: dict[str, float]) -> None:
+        """Start writing `state` (tensors, containers and plain values) as the checkpoint of a moment.
 
         Raises:
             DabError: The checkpoint before this one could not be written.
         """
         self.wait()
         snapshot = _to_cpu_copy(state)
-        arguments = (snapshot, step, epoch, dict(metrics))
+        arguments = (snapshot, moment, dict(metrics))
         self._thread = threading.Thread(target=self._write_guarded, args=arguments, name="checkpoint-writer")
         self._thread.start()
 
@@ -149,20 +193,20 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _write_guarded(self, state: dict[str, Any], step: int, epoch: int, metrics: dict[str, float]) -> None:
+    def _write_guarded(self, state: dict[str, Any], moment: Moment, metrics: dict[str, float]) -> None:
         try:
-            self._write(state, step, epoch, metrics)
+            self._write(state, moment, metrics)
         except OSError as error:
             self._error = _write_error(self._folder, error)
         except BaseException as error:  # noqa: BLE001 - carried to the training thread, which raises it
             self._error = error
 
-    def _write(self, state: dict[str, Any], step: int, epoch: int, metrics: dict[str, float]) -> None:
+    def _write(self, state: dict[str, Any], moment: Moment, metrics: dict[str, float]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
-        path = self._folder / f"step-{step:08d}.pt"
+        path = self._folder / f"step-{moment.step:08d}.pt"
         temporary = path.with_suffix(".tmp")
         try:
             with temporary.open("wb") as file:
@@ -172,7 +216,8 @@ class CheckpointWriter:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        entry = Checkpoint(path.name, step, epoch, metrics, hashlib.sha256(content).hexdigest(), len(content))
+        digest = hashlib.sha256(content).hexdigest()
+        entry = Checkpoint(path.name, metrics=metrics, sha256=digest, num_bytes=len(content), **asdict(moment))
         write_json(path.with_suffix(".json"), asdict(entry), durable=True)
         self._remove_unneeded()
 
@@ -186,11 +231,12 @@ class CheckpointWriter:
 
 
 def kept(checkpoints: Sequence[Checkpoint], policy: CheckpointPolicy) -> list[Checkpoint]:
-    """Return those of `checkpoints` (oldest first) that `policy` keeps: the newest ones and the best ones."""
+    """Return those of `checkpoints` (oldest first) that `policy` keeps: the newest, the best, the end of each stage."""
     newest = checkpoints[-policy.keep_last :]
     scored = [checkpoint for checkpoint in checkpoints if checkpoint.score > -math.inf]
     best = sorted(scored, key=lambda checkpoint: (checkpoint.score, checkpoint.step), reverse=True)[: policy.keep_best]
-    return [checkpoint for checkpoint in checkpoints if checkpoint in newest or checkpoint in best]
+    ends = [checkpoint for checkpoint in checkpoints if checkpoint.ends_stage and not checkpoint.is_deliverable]
+    return [checkpoint for checkpoint in checkpoints if checkpoint in [*newest, *best, *ends]]
 
 
 def _is_intact(checkpoint: Checkpoint) -> bool:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dabnn.checkpoints import load_state
 from dabnn.data import Batch, load_manifest, open_stream
 from dabnn.data.images import decode_image
 from dabnn.data.transforms import make_transform, normalization_for
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.evaluate import count
-from dabnn.models import ModelSpec, Network, build
+from dabnn.models import ModelSpec
 from dabnn.packed import Normalization, PackedModel, load_packed, pack
+from dabnn.transfer import load_trained as load_trained
 from dabnn.verify import Verification, verify
 
 NUM_PREDICTIONS = 5
@@ -35,18 +35,6 @@ class Prediction:
 
     image: str
     classes: tuple[tuple[str, float], ...]
-
-
-def load_trained(checkpoint: str | Path) -> Network:
-    """Return the network of a checkpoint, in evaluation mode on the CPU.
-
-    Raises:
-        InvalidInputError: The file is missing or is no checkpoint.
-    """
-    state = load_state(checkpoint)
-    net = build(**state["model"], seed=0)
-    net.load_state_dict(state["net"])
-    return net.eval()
 
 
 def export(

@@ -247,8 +247,6 @@ def _from_plain(kind: type[Any], values: dict[str, Any]) -> Any:
 
 
 def _value(key: str, value: Any) -> Any:
-    if key not in _NESTED or value is None:
-        return value
     if isinstance(value, list | tuple):
-        return tuple(_from_plain(_NESTED[key], entry) for entry in value)
-    return _from_plain(_NESTED[key], value)
+        return tuple(_from_plain(_NESTED[key], entry) for entry in value) if key in _NESTED else tuple(value)
+    return _from_plain(_NESTED[key], value) if key in _NESTED and value is not None else value

@@ -5,7 +5,8 @@
 What makes a run reproducible and resumable bit for bit on the same number of ranks: the order of the samples is a
 pure function of (seed, epoch), the dropout masks of (seed, step, rank), the learning rate of the step; DDP's buckets
 are settled before the first step; a checkpoint holds rank 0's weights, buffers and optimizer state, and every rank
-starts from those.
+starts from those. A run of several stages is one run: epochs and steps are counted through, and a stage starts with the
+weights that the checkpoint at the end of the one before holds, whether or not the program was ended in between.
 
 Once a step all ranks agree (one all-reduce of three integers) whether to go on: a stop, a damaged sample on one rank
 or a loss that is not finite ends all of them together instead of leaving some waiting. Leaves out clusters and
@@ -19,54 +20,34 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from dabnn.checkpoints import Checkpoint, CheckpointWriter, load_state, restore_point
-from dabnn.data import Batch, Stream, load_manifest, open_stream
-from dabnn.data.transforms import make_transform, normalization_for
-from dabnn.distributed import COLLECTIVE_TIMEOUT_S, World, deterministic, seed_step, share_buffers, wrap
+from dabnn.checkpoints import Checkpoint, CheckpointWriter, Moment, load_state, restore_point, stage_end
+from dabnn.data import Batch, Stream, load_manifest
+from dabnn.distributed import COLLECTIVE_TIMEOUT_S, World, deterministic, seed_step
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.evaluate import Totals, count
-from dabnn.models import ModelSpec, build
-from dabnn.optim import make_optimizer, set_learning_rate
+from dabnn.learner import Learner
+from dabnn.models import Network
 from dabnn.run_folder import RunFolder
-from dabnn.schedules import learning_rate
-from dabnn.spec import TrainSpec
+from dabnn.spec import StageSpec, TrainSpec
+from dabnn.splits import open_split
+from dabnn.transfer import load_trained
+from dabnn.verdict import Verdict, verdict
 
 _log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 1.0
+STAGE_TEACHER = "stage:"
 _DIVERGED_ADVICE = "Lower optim.max_lr or raise schedule.warmup_epochs."
-
-
-class Verdict(Enum):
-    """What all ranks do after a step."""
-
-    CONTINUE = "continue"
-    STOP = "stop"
-    RANK_ERROR = "rank_error"
-    NOT_FINITE = "not_finite"
-
-
-def verdict(stop: int, rank_error: int, not_finite: int) -> tuple[Verdict, str]:
-    """Decide from the flags of all ranks (each 0, or 1 if any rank raised it) how to go on, and say why."""
-    if rank_error:
-        return Verdict.RANK_ERROR, "a rank cannot go on"
-    if not_finite:
-        return Verdict.NOT_FINITE, "the loss is not finite"
-    if stop:
-        return Verdict.STOP, "a stop was asked for"
-    return Verdict.CONTINUE, ""
 
 
 class Observer(Protocol):
@@ -93,7 +74,7 @@ class TrainResult:
         epoch: Finished epochs.
         step: Optimizer steps taken.
         metrics: Metrics of the last finished epoch.
-        weights_sha256: Checksum over rank 0's parameters and buffers.
+        weights_sha256: Checksum over rank 0's parameters and buffers, as they are evaluated and exported.
     """
 
     status: str
@@ -106,11 +87,12 @@ class TrainResult:
 
 @dataclass
 class Position:
-    """Where a run stands: finished epochs, steps taken within the current one, steps in all."""
+    """Where a run stands: finished epochs, steps taken within the current one, steps in all, stage from 0."""
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
+    stage: int = 0
 
 
 def train(spec: TrainSpec, folder: RunFolder, *, world: World, observer: Observer | None = None) -> TrainResult:
@@ -149,6 +131,7 @@ class _Loop:
 
     def __init__(self, spec: TrainSpec, folder: RunFolder, world: World, observer: Observer) -> None:
         self.spec, self.folder, self.world, self.observer = spec, folder, world, observer
+        self.learner: Learner
         self.streams: list[Stream] = []
         self.writer = CheckpointWriter(folder.checkpoints, spec.checkpoint)
         self.position, self.totals, self.metrics = Position(), Totals(), dict[str, float]()
@@ -160,39 +143,51 @@ class _Loop:
         """Build everything and restore the newest checkpoint; return a failed result when a rank cannot."""
         found = restore_point(self.folder.checkpoints) if self.world.is_main else None
         found = self.world.share(found)
-        try:
-            self._build()
-            self._restore(found)
-        except DabError as error:  # not raised here: the other ranks would wait for this one
-            self._error = error
-        reasons = [f"rank {rank}: {reason}" for rank, reason in enumerate(self.world.gather(self._reason())) if reason]
-        if reasons:
+        reason = self._together(lambda: self._restore(found))
+        if reason:
             epoch, step = (found.epoch, found.step) if found else (0, 0)
-            return TrainResult("failed", reasons[0], epoch, step, {}, "")
-        spec = self.net.spec
-        self.model = wrap(self.net, self.world, (spec.in_channels, spec.input_size, spec.input_size))
+            return TrainResult("failed", reason, epoch, step, {}, "")
+        self.learner.connect()
         if self.world.is_main:
             self._write(lambda: self.folder.begin_attempt(self.position.step, self.world.size))
         return None
 
-    def _build(self) -> None:
-        self.net = build(**self.spec.model, seed=self.spec.seed).to(self.world.device)
-        self.optimizer = make_optimizer(self.net, self.spec.optim)
-        self.train_stream = self._open("train")
-        self.val_stream = self._open("val")
-        self.data_digest = load_manifest(Path(self.spec.data.train)).digest
+    def _together(self, call: Callable[[], object]) -> str:
+        """Call on every rank; return why the first rank that cannot go on cannot, or nothing."""
+        try:
+            call()
+        except DabError as error:  # not raised here: the other ranks would wait for this one
+            self._error = error
+        reasons = [f"rank {rank}: {reason}" for rank, reason in enumerate(self.world.gather(self._reason())) if reason]
+        return reasons[0] if reasons else ""
 
     def _open(self, split: str) -> Stream:
-        stream = _open(self.spec, self.net.spec, split, self.world)
+        stream = open_split(self.spec, self.learner.net.spec, split, self.world)
         self.streams.append(stream)
         return stream
 
     def _reason(self) -> str:
         return "" if self._error is None else str(self._error)
 
+    @property
+    def stage(self) -> StageSpec:
+        """The stage that is trained."""
+        return self.spec.parts[self.position.stage]
+
+    @property
+    def _epochs_before(self) -> int:
+        return self.spec.first_epoch(self.position.stage)
+
+    @property
+    def _is_stage_over(self) -> bool:
+        return self.position.epoch == self._epochs_before + self.stage.epochs
+
     def run(self) -> TrainResult:
         """Train until the last epoch, a stop or a failure."""
         while self.position.epoch < self.spec.epochs:
+            error = self._next_stage() if self._is_stage_over else ""
+            if error:
+                return self._result("failed", error)
             self._started, self._seen = time.monotonic(), 0
             decision, reason = self._train_epoch()
             if decision in (Verdict.RANK_ERROR, Verdict.NOT_FINITE):
@@ -208,13 +203,41 @@ class _Loop:
                 return self._result("stopped", reason)
         return self._result("finished", "")
 
+    def _next_stage(self) -> str:
+        """Begin the stage after the one that is over, with its weights; return why that cannot be, or nothing."""
+        weights = {name: tensor.clone() for name, tensor in self.learner.evaluated().items()}
+        self.position.stage += 1
+
+        def begin() -> None:
+            self.learner = self._make_learner()
+            self.learner.start_from(weights, f"stage {self.stage.name}")
+
+        # A teacher may be the checkpoint that is being written.
+        reason = self._together(self.writer.wait) or self._together(begin)
+        if not reason:
+            self.learner.connect()
+            _log.info("stage %d of %d: %s", self.position.stage + 1, len(self.spec.parts), self.stage.name)
+        return reason
+
+    def _make_learner(self) -> Learner:
+        distill = self.stage.loss.distill
+        return Learner(self.spec, self.stage, self.world, self._teacher(distill.teacher) if distill else None)
+
+    def _teacher(self, source: str) -> Network:
+        if not source.startswith(STAGE_TEACHER):
+            return load_trained(source)
+        names = [stage.name for stage in self.spec.parts[: self.position.stage]]
+        name = source.removeprefix(STAGE_TEACHER)
+        if name not in names:
+            raise InvalidInputError(f"train.distill.teacher: {source} is none of the earlier stages ({names}).")
+        return load_trained(stage_end(self.folder.checkpoints, names.index(name) + 1).path)
+
     def close(self) -> None:
         """End the loader processes."""
         for stream in self.streams:
             stream.close()
 
     def _train_epoch(self) -> tuple[Verdict, str]:
-        self.model.train()
         batches = self.train_stream.epoch(self.position.epoch, start_step=self.position.step_in_epoch)
         batch = self._fetch(batches)
         decision, reason = self._agree()
@@ -248,18 +271,11 @@ class _Loop:
     def _learn(self, batch: Batch) -> None:
         position = self.position
         seed_step(self.spec.seed, position.step, self.world.rank)
-        epoch = position.epoch + position.step_in_epoch / self.train_stream.num_steps
-        set_learning_rate(self.optimizer, learning_rate(self.spec.schedule, epoch))
+        epoch = position.epoch - self._epochs_before + position.step_in_epoch / self.train_stream.num_steps
         labels = batch.labels.to(self.world.device)
-        logits = self.model(batch.images.to(self.world.device))
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        # DDP averages over ranks; this makes it the mean over the samples of the step, also when shares differ.
-        loss = losses.sum() * (self.world.size / batch.global_size)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        self.totals.add(logits.detach(), labels, losses.detach())
-        self._last_loss = float(loss.detach())
+        images = batch.images.to(self.world.device)
+        logits, losses, self._last_loss = self.learner.step(images, labels, epoch=epoch, num_samples=batch.global_size)
+        self.totals.add(logits, labels, losses)
         self._seen += batch.global_size
         position.step_in_epoch += 1
         position.step += 1
@@ -275,29 +291,28 @@ class _Loop:
             return self._explain(decision, reason)
         self.position.epoch += 1
         self.position.step_in_epoch = 0
-        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        metrics["learning_rate"] = self.learner.optimizer.param_groups[0]["lr"]
         metrics["images_per_s"] = self._seen / duration_s
         metrics["epoch_s"] = duration_s
+        metrics["stage"] = float(self.position.stage + 1)
         self.metrics = metrics
         if self.world.is_main:  # before the checkpoint: a run resumed from that would not write this line again
             self._write(lambda: self.folder.append_metrics(self.position.epoch, metrics))
             self._write_progress(metrics["images_per_s"])
-        is_last = self.position.epoch == self.spec.epochs
-        if is_last or is_stopping or self.position.epoch % self.spec.checkpoint.every_epochs == 0:
+        if self._is_stage_over or is_stopping or self.position.epoch % self.spec.checkpoint.every_epochs == 0:
             self._save(metrics)
         self.observer.epoch_finished(self.position.epoch, metrics)
         return ""
 
     def _validate(self) -> dict[str, float]:
-        share_buffers(self.net, self.world)
-        self.net.eval()
-        # Another epoch each time, although the order is the same: so the loaders' read-ahead is used.
         totals = Totals()
-        try:
-            totals = count(self.net, self.val_stream.epoch(self.position.epoch), self.world.device)
-        except DabError as error:  # not raised here: the other ranks would wait for this one in the next all-reduce
-            self._error = error
-        self.net.train()
+        with self.learner.evaluating() as net:
+            # Another epoch each time, although the order is the same: so the loaders' read-ahead is used.
+            batches = self.val_stream.epoch(self.position.epoch)
+            try:
+                totals = count(net, batches, self.world.device)
+            except DabError as error:  # not raised here: the other ranks would wait for this one in the next all-reduce
+                self._error = error
         return totals.over(self.world).metrics("val_")
 
     def _save_if_due(self) -> None:
@@ -312,39 +327,47 @@ class _Loop:
         self._saved_step = self.position.step
         if not self.world.is_main or self._error is not None:
             return
-        weights = self.net.state_dict()
+        weights = self.learner.net.state_dict()
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             self._error = DabError(f"weights: not finite after step {self.position.step}. {_DIVERGED_ADVICE}")
             return
-        state = {
-            "model": asdict(self.net.spec),
-            "net": weights,
-            "optimizer": self.optimizer.state_dict(),
+        state = self.learner.state() | {
+            "model": asdict(self.learner.net.spec),
             "position": asdict(self.position),
             "totals": asdict(totals),
             "metrics": metrics or self.metrics,
             "data_digest": self.data_digest,
         }
+        number, is_over = self.position.stage + 1, self._is_stage_over
+        moment = Moment(self.position.step, self.position.epoch, number, len(self.spec.parts), is_over)
         try:
-            self.writer.save(state, step=self.position.step, epoch=self.position.epoch, metrics=metrics)
+            self.writer.save(state, moment, metrics)
         except DabError as error:
             self._error = error
 
     def _restore(self, found: Checkpoint | None) -> None:
-        if found is None:
-            if self.spec.init_from:
-                self.net.load_state_dict(load_state(self.spec.init_from)["net"])
-            return
-        state = load_state(found.path)
+        """Build what `found` was saved from and go on from there, or begin; every stream is opened."""
+        state = load_state(found.path) if found else {}
+        self.position = Position(**state["position"]) if found else Position()
+        if self.position.stage >= len(self.spec.parts):
+            raise InvalidInputError(f"train.stages: the run was in stage {self.position.stage + 1}, which is gone.")
+        self.learner = self._make_learner()
+        self.train_stream = self._open("train")
+        self.val_stream = self._open("val")
+        self.data_digest = load_manifest(Path(self.spec.data.train)).digest
+        if found:
+            self._continue(found, state)
+        elif self.spec.init_from:
+            self.learner.start_from(load_state(self.spec.init_from)["net"], f"train.init_from: {self.spec.init_from}")
+
+    def _continue(self, found: Checkpoint, state: dict[str, Any]) -> None:
         if state["data_digest"] != self.data_digest:
             raise InvalidInputError(
                 f"data.train: {self.spec.data.train} has other samples than the run began with (digest "
                 f"{self.data_digest[:12]}, the checkpoint has {state['data_digest'][:12]}). Restore the data set, or "
                 "start a new run."
             )
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.position = Position(**state["position"])
+        self.learner.load(state, found.path)
         self._saved_step = found.step
         self.metrics = state["metrics"]
         if self.world.is_main:  # the sums are over all ranks already
@@ -363,6 +386,7 @@ class _Loop:
         progress: dict[str, Any] = {
             "epoch": position.epoch,
             "epochs": self.spec.epochs,
+            "stage": self.stage.name,
             "step": position.step,
             "step_in_epoch": position.step_in_epoch,
             "steps_per_epoch": steps_per_epoch,
@@ -398,48 +422,18 @@ class _Loop:
         decision, reason = self._agree()
         if status != "failed" and decision is Verdict.RANK_ERROR:
             status, message = "failed", self._explain(decision, reason)
-        digest = self.world.share(weights_sha256(self.net) if self.world.is_main else "")
+        digest = self.world.share(weights_sha256(self.learner.evaluated()) if self.world.is_main else "")
         position = self.position
         return TrainResult(status, message, position.epoch, position.step, dict(self.metrics), digest)
 
 
-def weights_sha256(net: nn.Module) -> str:
-    """Return the checksum of all parameters and buffers of `net`, in the order of its state dictionary."""
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """Return the checksum of all parameters and buffers of a network, in the order of its state dictionary."""
     digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
+    for name, tensor in weights.items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _open(spec: TrainSpec, model: ModelSpec, split: str, world: World) -> Stream:
-    is_training = split == "train"
-    root = Path(spec.data.train if is_training else spec.data.val)
-    data = spec.data
-    image = load_manifest(Path(data.train)).image
-    mean, std = normalization_for(data.transform, image, model.in_channels, data.mean, data.std)
-    transform = make_transform(
-        data.transform,
-        input_size=model.input_size,
-        in_channels=model.in_channels,
-        mean=mean,
-        std=std,
-        training=is_training,
-        ten_crop=data.ten_crop,
-    )
-    return open_stream(
-        root,
-        split,
-        batch_size=spec.data.batch_size if is_training else spec.data.eval_batch_size,
-        seed=spec.seed,
-        rank=world.rank,
-        world_size=world.size,
-        num_loaders=spec.data.num_loaders,
-        shuffle=is_training,
-        transform=transform,
-        remainder=spec.data.remainder if is_training else "keep",
-        num_workers_planned=spec.num_workers,
-    )
 
 
 def main() -> None:

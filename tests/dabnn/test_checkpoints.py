@@ -6,6 +6,7 @@ import torch
 from dabnn.checkpoints import (
     Checkpoint,
     CheckpointWriter,
+    Moment,
     best_checkpoint,
     kept,
     list_checkpoints,
@@ -19,7 +20,7 @@ from dabnn.spec import CheckpointPolicy
 def write(folder: Path, steps: dict[int, float], policy: CheckpointPolicy) -> None:
     writer = CheckpointWriter(folder, policy)
     for step, score in steps.items():
-        writer.save({"value": torch.full((4,), float(step))}, step=step, epoch=step, metrics={"val_top1": score})
+        writer.save({"value": torch.full((4,), float(step))}, Moment(step, step), {"val_top1": score})
     writer.wait()
 
 
@@ -52,7 +53,7 @@ def test_damaged_checkpoints_are_set_aside_so_that_retention_keeps_good_ones(tmp
     assert found is not None
     assert found.step == 1
     writer = CheckpointWriter(tmp_path, CheckpointPolicy(keep_last=1, keep_best=0))
-    writer.save({}, step=3, epoch=3, metrics={})
+    writer.save({}, Moment(3, 3), {})
     writer.wait()
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [3]
     assert (tmp_path / "step-00000002.pt.damaged").exists()
@@ -67,7 +68,7 @@ def test_torn_commit_is_passed_over(tmp_path: Path) -> None:
 def test_saved_state_is_a_copy_of_the_moment(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, CheckpointPolicy())
     weights = torch.zeros(1000)
-    writer.save({"weights": weights}, step=1, epoch=1, metrics={})
+    writer.save({"weights": weights}, Moment(1, 1), {})
     weights += 1
     writer.wait()
     assert load_state(list_checkpoints(tmp_path)[0].path)["weights"].sum() == 0
@@ -77,7 +78,7 @@ def test_a_disk_without_room_is_told_and_earlier_checkpoints_stay(tmp_path: Path
     write(tmp_path, {1: 1.0}, CheckpointPolicy())
     writer = CheckpointWriter(tmp_path, CheckpointPolicy())
     tmp_path.joinpath("step-00000002.tmp").symlink_to("/dev/full")
-    writer.save({"value": torch.zeros(100_000)}, step=2, epoch=2, metrics={})
+    writer.save({"value": torch.zeros(100_000)}, Moment(2, 2), {})
     with pytest.raises(DabError, match="no room on disk"):
         writer.wait()
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [1]

@@ -1,0 +1,184 @@
+"""What learns in one stage of a run: the network, its optimizer, its moving average and its teacher.
+
+A step is a function of these, the samples and the position within the stage. Leaves out data, checkpoints and the
+agreement of ranks, which are the loop's: `dabnn.train`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dabnn.averaging import Average
+from dabnn.distributed import World, share_buffers, wrap
+from dabnn.errors import InvalidInputError
+from dabnn.layers import set_progress
+from dabnn.losses import distillation, kurtosis_penalty, latent_weights, smoothed_cross_entropy
+from dabnn.models import Network, build
+from dabnn.optim import make_optimizer, set_learning_rate, take_step
+from dabnn.schedules import learning_rate
+from dabnn.spec import StageSpec, TrainSpec
+from dabnn.sync_batchnorm import synchronize
+from dabnn.transfer import check_same, check_teacher, transfer
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Learner:
+    """The state of one stage.
+
+    Attributes:
+        stage: What the stage is.
+        net: The network; its latent weights are float32 whatever the precision of the arithmetic.
+        optimizer: The optimizer over its parameters.
+        average: The moving average of its weights, or None.
+        teacher: A trained network to learn from, in evaluation mode and float32, or None.
+    """
+
+    def __init__(self, spec: TrainSpec, stage: StageSpec, world: World, teacher: Network | None) -> None:
+        """Build the stage's network with the run's initial weights.
+
+        Raises:
+            InvalidInputError: Model, optimizer, precision or teacher do not fit.
+        """
+        self.stage, self._world, self._decay = stage, world, spec.ema_decay
+        self._autocast = check_precision(spec.precision, world.device)
+        self.net = build(**stage.model, seed=spec.seed).to(world.device)
+        self.teacher = teacher
+        if teacher is not None:
+            check_teacher(teacher.spec, self.net.spec, stage.loss.distill.teacher if stage.loss.distill else "")
+            teacher.to(world.device).eval().requires_grad_(False)
+        if spec.sync_bn:
+            synchronize(self.net, world)
+        self.optimizer = make_optimizer(self.net, stage.optim)
+        self.average = self._new_average()
+        self._latent = latent_weights(self.net)
+        self._model: nn.Module = self.net
+
+    def start_from(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """Take over the weights of the stage before, or of another run; see `dabnn.transfer`.
+
+        Raises:
+            InvalidInputError: They are those of another architecture.
+        """
+        transfer(weights, self.net, source)
+        self.average = self._new_average()
+
+    def connect(self) -> None:
+        """Join the ranks, which hold the same weights by now; every rank must call it before the first step."""
+        spec = self.net.spec
+        self._model = wrap(self.net, self._world, (spec.in_channels, spec.input_size, spec.input_size))
+
+    def step(self, images: Tensor, labels: Tensor, *, epoch: float, num_samples: int) -> tuple[Tensor, Tensor, float]:
+        """Learn from this rank's samples of one step; every rank must call it.
+
+        Args:
+            images: (n, C, H, W) float32 on the rank's device.
+            labels: (n,) int64.
+            epoch: Fractional epoch of the stage.
+            num_samples: Samples of the step over all ranks.
+
+        Returns:
+            Logits (n, classes), the cross-entropy of each sample without smoothing (n,), and the loss.
+
+        Raises:
+            DabError: Weights or step are not finite.
+        """
+        set_learning_rate(self.optimizer, learning_rate(self.stage.schedule, epoch))
+        set_progress(self.net, epoch / self.stage.epochs)
+        self._model.train()
+        with self._autocast:
+            logits = self._model(images)
+        # DDP averages over ranks; this makes it the mean over the samples of the step, also when shares differ.
+        loss = self._losses(logits, images, labels).sum() * (self._world.size / num_samples)
+        if self.stage.loss.kurtosis is not None and self._latent:
+            penalty = self.stage.loss.kurtosis
+            loss = loss + penalty.weight * kurtosis_penalty(self._latent, penalty.target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        take_step(self.optimizer)
+        if self.average is not None:
+            self.average.update(self.net)
+        logits = logits.detach().float()
+        return logits, F.cross_entropy(logits, labels, reduction="none"), float(loss.detach())
+
+    def _losses(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Return what is minimised for each sample: (1 - weight) cross-entropy + weight distillation."""
+        losses = smoothed_cross_entropy(logits, labels, self.stage.loss.label_smoothing)
+        distill = self.stage.loss.distill
+        if distill is None or self.teacher is None:
+            return losses
+        with torch.no_grad():
+            answers = self.teacher(images)
+        return (1 - distill.weight) * losses + distill.weight * distillation(logits, answers, distill.temperature)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Network]:
+        """Within the block the network is what would be exported now, in evaluation mode and equal on all ranks."""
+        if self.average is None:
+            with self._in_evaluation() as net:
+                yield net
+        else:
+            with self.average.applied_to(self.net), self._in_evaluation() as net:
+                yield net
+
+    @contextmanager
+    def _in_evaluation(self) -> Iterator[Network]:
+        share_buffers(self.net, self._world)
+        self.net.eval()
+        try:
+            yield self.net
+        finally:
+            self.net.train()
+
+    def evaluated(self) -> dict[str, Tensor]:
+        """Return the weights that are evaluated and exported: the average where there is one."""
+        return self.net.state_dict() if self.average is None else self.average.weights
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold of the stage; `load` is the inverse. `net` is what is exported."""
+        state: dict[str, Any] = {"net": self.evaluated(), "optimizer": self.optimizer.state_dict()}
+        if self.average is not None:
+            state |= {"latest": self.net.state_dict(), "num_updates": self.average.num_updates}
+        return state
+
+    def load(self, state: Mapping[str, Any], source: str) -> None:
+        """Continue from what `state` returned.
+
+        Raises:
+            InvalidInputError: It is that of another architecture, or was saved with another use of the average.
+        """
+        check_same(state["model"], self.net.spec, source)
+        if ("latest" in state) != (self.average is not None):
+            kind = "an" if "latest" in state else "no"
+            raise InvalidInputError(
+                f"{source}: was saved with {kind} average of weights, the run now has train.ema_decay={self._decay}. "
+                "Resume with the value that the run began with."
+            )
+        self.net.load_state_dict(state.get("latest", state["net"]))
+        if self.average is not None:
+            self.average.load(state["net"], state["num_updates"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _new_average(self) -> Average | None:
+        return None if self._decay is None else Average(self.net, self._decay)
+
+
+def check_precision(precision: str, device: torch.device) -> torch.autocast:
+    """Return the context of a forward pass in a precision: under bf16 torch chooses per operation what runs in it.
+
+    Raises:
+        InvalidInputError: No such precision, or the device has no arithmetic for it.
+    """
+    if precision not in PRECISIONS:
+        raise InvalidInputError(f"train.precision: {precision!r} is not known. Use one of {', '.join(PRECISIONS)}.")
+    is_bf16 = precision == "bf16"
+    if is_bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise InvalidInputError(f"train.precision: bf16, but {name} has no bf16 arithmetic. Use fp32.")
+    if is_bf16 and device.type not in ("cpu", "cuda"):
+        raise InvalidInputError(f"train.precision: bf16 is not tried on {device.type}. Use fp32.")
+    return torch.autocast(device.type, dtype=PRECISIONS["bf16"], enabled=is_bf16)

@@ -1,0 +1,131 @@
+"""Weights from a checkpoint into a network: the same network again, the next stage's, or another run's.
+
+Networks of one architecture that differ in what is binary have the same tensors, but for those of the quantizers
+themselves. `transfer` takes over everything else and refuses any other difference by the tensor's name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dabnn.checkpoints import load_state
+from dabnn.errors import InvalidInputError
+from dabnn.layers import BinaryConv2d
+from dabnn.models import ModelSpec, Network, build
+from dabnn.plans import numbered_convs
+from dabnn.quantizers import binarize
+
+# What a binary layer holds besides weight and bias: dab_learned's two values, dab_warm's threshold, rsign's shift.
+QUANTIZER_TENSORS = ("alpha", "beta", "threshold", "shift")
+
+
+def load_trained(checkpoint: str | Path) -> Network:
+    """Return the network of a checkpoint, in evaluation mode on the CPU.
+
+    Raises:
+        InvalidInputError: The file is missing or is no checkpoint.
+    """
+    state = load_state(checkpoint)
+    net = build(**state["model"], seed=0)
+    net.load_state_dict(state["net"])
+    return net.eval()
+
+
+def transfer(weights: Mapping[str, Tensor], net: Network, source: str) -> None:
+    """Give `net` the weights and buffers of a network that may differ from it in its layer plan and quantizers.
+
+    Of the quantizer's tensors that the source lacks, alpha and beta start at the optimum of the new weights, the others
+    as in any new network; those that `net` lacks are left behind.
+
+    Args:
+        weights: State dictionary of the source.
+        net: Changed in place.
+        source: What error messages start with: the field or file that the weights come from.
+
+    Raises:
+        InvalidInputError: The networks differ in anything else; names the first tensor.
+    """
+    own, paths = net.state_dict(), {path for path, _ in numbered_convs(net).values()}
+    for name in [*own, *weights]:
+        path, _, leaf = name.rpartition(".")
+        if name in own and name in weights:
+            if own[name].shape != weights[name].shape:
+                theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
+                raise _other_network(source, f"{name} is {theirs} there and {ours} in {net.spec.name}")
+        elif path not in paths or leaf not in QUANTIZER_TENSORS:
+            verb = "lacks" if name in own else "has"
+            who = "needs" if name in own else "does not know"
+            raise _other_network(source, f"it {verb} {name}, which {net.spec.name} {who}")
+    net.load_state_dict(own | {name: tensor for name, tensor in weights.items() if name in own})
+    for path, conv in numbered_convs(net).values():
+        if f"{path}.alpha" in own and f"{path}.alpha" not in weights:
+            _learn_from_the_optimum(conv)
+
+
+@torch.no_grad()
+def _learn_from_the_optimum(layer: nn.Module) -> None:
+    if not isinstance(layer, BinaryConv2d):
+        return
+    code = binarize(layer.weight, "dab", layer.center)
+    for name, value in (("alpha", code.alpha), ("beta", code.beta)):
+        own = layer.get_parameter(name)
+        own.copy_(value.view_as(own))
+
+
+def check_same(saved: Mapping[str, Any], spec: ModelSpec, source: str) -> None:
+    """Refuse to continue a checkpoint with another network than it was saved from.
+
+    Args:
+        saved: What the checkpoint says of its network.
+        spec: The network that would go on.
+        source: The checkpoint.
+
+    Raises:
+        InvalidInputError: Names the first difference.
+    """
+    wanted = asdict(spec)
+    for key, value in saved.items():
+        if _plain(value) != _plain(wanted.get(key)):
+            raise InvalidInputError(
+                f"{source}: was saved with {key}={_plain(value)}, the run now has {_plain(wanted.get(key))}. Resume "
+                "with the configuration that the run began with, or start a new run with these weights: "
+                "train.init_from."
+            )
+
+
+def check_teacher(teacher: ModelSpec, student: ModelSpec, source: str) -> None:
+    """Refuse a teacher that answers another question than the student is asked.
+
+    Args:
+        teacher: Network of the teacher.
+        student: Network that learns.
+        source: Where the teacher comes from.
+
+    Raises:
+        InvalidInputError: It has another number of classes, or takes other images.
+    """
+    for key in ("num_classes", "in_channels", "input_size"):
+        theirs, ours = getattr(teacher, key), getattr(student, key)
+        if theirs != ours:
+            raise InvalidInputError(
+                f"train.distill.teacher: {source} has {key}={theirs}, the network that learns from it {ours}. Take a "
+                "teacher that was trained on the same data at the same size."
+            )
+
+
+def _other_network(source: str, difference: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"{source}: holds another architecture: {difference}. Only what is binary, and how, may differ; use the same "
+        "model.name, model.width, model.input_size, model.block and model.activation."
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON would make of a value, so that tuples and lists compare as equal."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
