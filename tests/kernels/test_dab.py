@@ -40,7 +40,7 @@ def test_the_golden_optimum_is_found(quantize, path, prefix, weight_key):
 
 
 def test_golden_files_are_there():
-    assert len(GOLDEN) == 3
+    assert len(GOLDEN) == 7
 
 
 @pytest.mark.parametrize("quantize", VERSIONS)
