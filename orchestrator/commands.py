@@ -10,13 +10,13 @@ from typing import Any
 from dabnn.errors import DabError, InvalidInputError
 from orchestrator import deliver, runs
 from orchestrator.cluster import Cluster, cluster_down, cluster_status, ensure_cluster
-from orchestrator.config import load_config, resolve_paths, to_dict
+from orchestrator.config import load_config, to_dict
 from orchestrator.demo import DemoResult, run_demo
 from orchestrator.job import Job
 from orchestrator.output import Table, View, duration_text
-from orchestrator.resolve import resolve, train_spec
+from orchestrator.resolve import train_spec
 from orchestrator.runs import RunStatus
-from orchestrator.submit import plan, submit
+from orchestrator.submit import plan, resolved, submit
 from orchestrator.tracking import RunRecord
 from orchestrator.tracking_server import ensure_tracking, tracking_down, tracking_status
 
@@ -62,7 +62,7 @@ def dry_run(config: Path | None, overrides: list[str], *, sweep: bool) -> View:
 
 def show_spec(config: Path, overrides: list[str]) -> View:
     """Return the specification that `python -m dabnn.train` reads, for training without Ray."""
-    spec = train_spec(resolve(resolve_paths(load_config(config, overrides)))).to_dict()
+    spec = train_spec(resolved(load_config(config, overrides))).to_dict()
     return spec, json.dumps(spec, indent=2)
 
 

@@ -8,7 +8,7 @@ here.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from dabnn.errors import InvalidInputError
 from orchestrator.config_errors import invalid_config
-from orchestrator.config_rules import check_config, check_name, check_written
+from orchestrator.config_rules import STAGE_TEACHER, check_config, check_name, check_written
 from orchestrator.config_search import Scalar, Search
 from orchestrator.config_sections import (
     Binarize,
@@ -143,7 +143,36 @@ def resolve_paths(config: Config, base: Path | None = None) -> Config:
     train = _absolute(config.data.train, start)
     val = train if config.data.val is None else _absolute(config.data.val, start)
     storage = None if config.storage is None else _absolute(config.storage, start)
-    return with_overrides(config, {"data.train": train, "data.val": val, "storage": storage})
+    paths = {"data.train": train, "data.val": val, "storage": storage}
+
+    def absolute_file(name: str) -> str:
+        """A name that is no file stays: it may be that of a run, or is refused when it is looked for."""
+        return _absolute(name, start) if (start / Path(name).expanduser()).is_file() else name
+
+    return with_files(with_overrides(config, paths), absolute_file, absolute_file)
+
+
+def with_files(config: Config, weights: Callable[[str], str], plan: Callable[[str], str | dict[str, Any]]) -> Config:
+    """Return `config` with every name of a file or run replaced, in the stages too.
+
+    Args:
+        config: The configuration.
+        weights: Replaces what `train.init_from` and the teachers name; "stage:NAME" is left alone.
+        plan: Replaces what `binarize.plan` names, unless it is written out.
+    """
+    raw = to_dict(config)
+    train = raw["train"]
+    if train["init_from"] is not None:
+        train["init_from"] = weights(train["init_from"])
+    for part in (train, *(train["stages"] or ())):
+        distill = part.get("distill")
+        if distill and not distill["teacher"].startswith(STAGE_TEACHER):
+            distill["teacher"] = weights(distill["teacher"])
+    for part in (raw, *(train["stages"] or ())):
+        binarize = part.get("binarize") or {}
+        if isinstance(binarize.get("plan"), str):
+            binarize["plan"] = plan(binarize["plan"])
+    return _validate(raw)
 
 
 def flatten(config: Config) -> dict[str, Scalar]:

@@ -27,7 +27,7 @@ _NOT_SEARCHABLE = (
     "name", "data.train", "data.val", "train.init_from", "train.checkpoint", "train.distill", "train.kurtosis",
     "train.stages", "binarize.plan", "cluster", "storage", "tracking", "search",
 )  # fmt: skip
-_WITH_WINDOW = ("clipped", "polynomial", "ede")
+_WITH_WINDOW = ("clipped", "polynomial", "ede", None)  # null: what the model has, one of these
 # Key, the values it must have, and the keys that are looked at only then.
 _NEEDS = (
     ("optim.name", ("sgd",), ("optim.momentum", "optim.nesterov")),
@@ -165,8 +165,8 @@ def check_written(config: "Config", parts: Sequence["Config"]) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _no_effect(key: str, selector: str, chosen: Any, wanted: Sequence[str]) -> str:
-    return f"{key}: has no effect with {selector}={chosen}. Remove it, or use {' or '.join(wanted)}."
+def _no_effect(key: str, selector: str, chosen: Any, wanted: Sequence[str | None]) -> str:
+    return f"{key}: has no effect with {selector}={chosen}. Remove it, or use {' or '.join(filter(None, wanted))}."
 
 
 def _unused_in_stage(stage: "Stage", part: "Config") -> Iterator[str]:

@@ -110,22 +110,31 @@ class Binarize(Section):
         default=None,
         description="all binary layers: {weights: [...], inputs: [...]}, or the name of a file of that form",
     )
-    ste: SteName = Field(default="clipped", description="straight-through estimator of the binary weights")
-    ste_width: float = Field(default=1.0, gt=0, description="half width of its window, in units of the weight")
-    ste_center: Literal["zero", "threshold"] = Field(
-        default="zero", description="middle of its window: 0, or (alpha + beta) / 2 of the filter"
+    ste: SteName | None = Field(
+        default=None, description="straight-through estimator of the binary weights; null: the model's own"
     )
-    gradient: Literal["straight_through", "means", "reference"] = Field(
-        default="straight_through",
+    ste_width: float | None = Field(
+        default=None, gt=0, description="half width of its window, in units of the weight; null: the model's own"
+    )
+    ste_center: Literal["zero", "threshold"] | None = Field(
+        default=None, description="middle of its window: 0, or (alpha + beta) / 2 of the filter; null: the model's own"
+    )
+    gradient: Literal["straight_through", "means", "reference"] | None = Field(
+        default=None,
         description="straight_through: alpha and beta are constants; means: differentiable; reference: the reference "
-        "program's factor",
+        "program's factor; null: the model's own",
     )
-    input_quantizer: Literal["sign", "rsign", "two_valued"] = Field(
-        default="sign",
-        description="binary inputs: sign; rsign learns a shift per channel first; two_valued: the paper's",
+    input_quantizer: Literal["sign", "rsign", "two_valued"] | None = Field(
+        default=None,
+        description="binary inputs: sign; rsign learns a shift per channel first; two_valued: two values a sample; "
+        "null: the model's own",
     )
-    input_ste: SteName = Field(default="clipped", description="straight-through estimator of the binary inputs")
-    input_ste_width: float = Field(default=1.0, gt=0, description="half width of its window, in units of the input")
+    input_ste: SteName | None = Field(
+        default=None, description="straight-through estimator of the binary inputs; null: the model's own"
+    )
+    input_ste_width: float | None = Field(
+        default=None, gt=0, description="half width of its window, in units of the input; null: the model's own"
+    )
 
 
 class Data(Section):

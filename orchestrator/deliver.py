@@ -13,9 +13,9 @@ from dabnn.errors import InvalidInputError
 from dabnn.models import ModelSpec
 from dabnn.packed import Normalization, load_packed
 from orchestrator import tracking
+from orchestrator.found_runs import best_run as best_run
+from orchestrator.found_runs import folder_of
 from orchestrator.job import Job
-from orchestrator.runs import folder_of
-from orchestrator.tracking import RunRecord
 
 OnBatch = Callable[[int, int], None]
 
@@ -107,23 +107,6 @@ def predict_files(file: Path, images: Sequence[Path]) -> list[dict[str, Any]]:
         {"image": seen.image, "classes": [{"class": name, "probability": value} for name, value in seen.classes]}
         for seen in deliver.predict(file, images)
     ]
-
-
-def best_run(uri: str, reference: str) -> RunRecord:
-    """Return the run that `reference` names; for a sweep, the run of its best trial.
-
-    Raises:
-        InvalidInputError: There is no such run, or the sweep has no best trial yet.
-    """
-    record = tracking.find_run(uri, reference)
-    if record.tags.get("dab.kind") != "sweep":
-        return record
-    best = record.tags.get("dab.best_run") or folder_of(record).result().get("best")
-    if best is None:
-        raise InvalidInputError(
-            f"{record.name}: this sweep has no best trial yet. Wait for it to end, or name a trial."
-        )
-    return tracking.find_run(uri, best)
 
 
 def _evaluate(

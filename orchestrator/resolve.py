@@ -4,26 +4,48 @@ Everything that can be refused without a cluster is refused here.
 """
 
 import shutil
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+from dabnn.checkpoints import load_state
 from dabnn.data import Manifest, load_manifest
 from dabnn.data.reader import verify_sizes
 from dabnn.errors import InvalidInputError
 from dabnn.models import ModelTable, build, describe
+from dabnn.options import LayerOptions
 from dabnn.schedules import Schedule
-from dabnn.spec import CheckpointPolicy, DataSpec, OptimSpec, TrainSpec
-from orchestrator.config import Config, with_overrides
+from dabnn.spec import (
+    CheckpointPolicy,
+    DataSpec,
+    DistillSpec,
+    KurtosisSpec,
+    LossSpec,
+    OptimSpec,
+    StageSpec,
+    TrainSpec,
+)
+from dabnn.transfer import check_teacher, load_trained, transfer
+from orchestrator.config import Config, parts, with_files, with_overrides
+from orchestrator.config_rules import STAGE_TEACHER
+from orchestrator.plan_file import load_plan
 
 _ADAM_COPIES = 3  # weights and two moments
 _MEGABYTE = 1e6
 
 
-def resolve(config: Config) -> Config:
-    """Return `config` with the number of classes filled in from the data set, checked against data and model.
+def resolve(config: Config, find_run: Callable[[str], str] | None = None) -> Config:
+    """Return `config` with the number of classes, plans, and files of weights filled in, checked against each other.
+
+    Args:
+        config: With absolute paths.
+        find_run: Returns the checkpoint file of a run that `train.init_from` or a teacher names; None when runs cannot
+            be looked up.
 
     Raises:
-        InvalidInputError: A data set or a shard is missing or truncated, classes differ, the model or its layer range
-            does not exist.
+        InvalidInputError: A data set or a shard is missing or truncated, classes differ, the model or a layer of a plan
+            does not exist, or weights are those of another architecture.
     """
     for field, place in (("storage", config.storage), ("data.train", config.data.train), ("data.val", config.data.val)):
         if place is not None and "://" in place:
@@ -50,9 +72,35 @@ def resolve(config: Config) -> Config:
             f"model.num_classes: {config.model.num_classes}, but {config.data.train} has {num_classes} classes. "
             "Leave it out, or --set model.num_classes=null, to take the data set's."
         )
-    resolved = with_overrides(config, {"model.num_classes": num_classes})
-    model_table(resolved)
+    epochs = sum(stage.epochs for stage in config.train.stages or ()) or config.train.epochs
+    resolved = with_overrides(config, {"model.num_classes": num_classes, "train.epochs": epochs})
+    resolved = with_files(resolved, lambda name: _weights_file(name, find_run), _plan_of)
+    _check_weights(train_spec(resolved))
     return resolved
+
+
+def _weights_file(name: str, find_run: Callable[[str], str] | None) -> str:
+    if Path(name).is_file():
+        return name
+    if find_run is None:
+        raise InvalidInputError(f"train: {name} is no file. Name the checkpoint file of that run.")
+    return find_run(name)
+
+
+def _plan_of(file: str) -> dict[str, Any]:
+    plan = load_plan(Path(file))
+    return {"weights": plan["binary_weights"], "inputs": plan["binary_inputs"]}
+
+
+def _check_weights(spec: TrainSpec) -> None:
+    """Build the network of every stage, and try on it the weights that it would get from elsewhere."""
+    for position, stage in enumerate(spec.parts):
+        net = build(**stage.model, seed=spec.seed)
+        if position == 0 and spec.init_from:
+            transfer(load_state(spec.init_from)["net"], net, f"train.init_from: {spec.init_from}")
+        distill = stage.loss.distill
+        if distill and not distill.teacher.startswith(STAGE_TEACHER):
+            check_teacher(load_trained(distill.teacher).spec, net.spec, distill.teacher)
 
 
 def model_table(config: Config) -> ModelTable:
@@ -67,21 +115,12 @@ def manifest_of(config: Config) -> Manifest:
 
 def train_spec(config: Config) -> TrainSpec:
     """Return the specification of the training loop for `config`."""
-    model, binarize, data, optim = config.model, config.binarize, config.data, config.optim
+    data, train = config.data, config.train
+    stages = tuple(_stage_spec(name, part) for name, part in parts(config))
+    last = stages[-1]
     return TrainSpec(
         seed=config.seed,
-        model={
-            "name": model.name,
-            "num_classes": model.num_classes,
-            "in_channels": model.in_channels,
-            "input_size": model.input_size,
-            "width": model.width,
-            "bin_start": binarize.bin_start,
-            "bin_end": binarize.bin_end,
-            "weights": binarize.weights,
-            "center": binarize.center,
-            "inputs": binarize.inputs,
-        },
+        model=last.model,
         data=DataSpec(
             train=data.train,
             val=data.val or data.train,
@@ -94,22 +133,53 @@ def train_spec(config: Config) -> TrainSpec:
             mean=data.mean,
             std=data.std,
         ),
-        schedule=Schedule(
-            name=config.schedule.name,
-            max_lr=optim.max_lr,
-            min_lr=optim.min_lr,
-            interval=config.schedule.interval,
-            level=config.schedule.level,
-            warmup_epochs=config.schedule.warmup_epochs,
-            epochs=config.train.epochs,
-        ),
-        optim=OptimSpec(optim.name, optim.weight_decay, optim.momentum, optim.nesterov),
-        epochs=config.train.epochs,
-        instruments=config.train.instruments,
+        schedule=last.schedule,
+        optim=last.optim,
+        loss=last.loss,
+        stages=stages if train.stages else (),
+        epochs=sum(stage.epochs for stage in stages),
+        precision=train.precision,
+        ema_decay=train.ema_decay,
+        sync_bn=train.sync_bn,
+        instruments=train.instruments,
         num_workers=config.cluster.num_workers,
-        checkpoint=CheckpointPolicy(**config.train.checkpoint.model_dump()),
-        init_from=config.train.init_from,
+        checkpoint=CheckpointPolicy(**train.checkpoint.model_dump()),
+        init_from=train.init_from,
     )
+
+
+def _stage_spec(name: str, part: Config) -> StageSpec:
+    optim, train = part.optim, part.train
+    schedule = part.schedule.model_dump() | {"max_lr": optim.max_lr, "min_lr": optim.min_lr, "epochs": train.epochs}
+    return StageSpec(
+        name=name,
+        epochs=train.epochs,
+        model=_model(part),
+        schedule=Schedule(**schedule),
+        optim=OptimSpec(**optim.model_dump(exclude={"max_lr", "min_lr"})),
+        loss=LossSpec(
+            train.label_smoothing,
+            KurtosisSpec(**train.kurtosis.model_dump()) if train.kurtosis else None,
+            DistillSpec(**train.distill.model_dump()) if train.distill else None,
+        ),
+    )
+
+
+def _model(part: Config) -> dict[str, Any]:
+    """Return the keyword arguments of `build`; options that were not chosen are left to the model."""
+    binarize = part.binarize
+    options = {field.name: getattr(binarize, field.name) for field in fields(LayerOptions)}
+    plan = _plan_of(binarize.plan) if isinstance(binarize.plan, str) else binarize.plan and binarize.plan.model_dump()
+    return part.model.model_dump() | {
+        "bin_start": binarize.bin_start,
+        "bin_end": binarize.bin_end,
+        "weights": binarize.weights,
+        "center": binarize.center,
+        "inputs": binarize.inputs,
+        "layers": binarize.layers,
+        "plan": plan and {"binary_weights": plan["weights"], "binary_inputs": plan["inputs"]},
+        "options": {key: value for key, value in options.items() if value is not None},
+    }
 
 
 def check_room(config: Config, storage: Path) -> None:
@@ -120,7 +190,8 @@ def check_room(config: Config, storage: Path) -> None:
     """
     table = model_table(config)
     policy = config.train.checkpoint
-    needed = table.float_bytes * _ADAM_COPIES * (policy.keep_last + policy.keep_best + 1)
+    kept = policy.keep_last + policy.keep_best + len(parts(config)) - 1  # the end of each stage stays
+    needed = table.float_bytes * _ADAM_COPIES * (kept + 1)
     existing = next(folder for folder in (storage, *storage.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

@@ -14,6 +14,7 @@ from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import RunFolder
 from orchestrator import tracking
 from orchestrator.cluster import Cluster, find_cluster, job_client
+from orchestrator.found_runs import folder_of as folder_of
 from orchestrator.home import home_folder
 from orchestrator.job import Job, is_job_of
 from orchestrator.submit import ensure_services, submit_job
@@ -147,18 +148,6 @@ def _record_late(uri: str, run_id: str, folder: RunFolder, state: Status, reason
     tags = {"dab.message": reason, "dab.weights_sha256": folder.result().get("weights_sha256", "")}
     tracking.set_tags(uri, run_id, tags)
     tracking.set_status(uri, run_id, state)
-
-
-def folder_of(record: RunRecord) -> RunFolder:
-    """Return the run's folder.
-
-    Raises:
-        InvalidInputError: The run was not made by `dab submit`.
-    """
-    path = record.tags.get("dab.folder")
-    if not path:
-        raise InvalidInputError(f"{record.name}: this run was not made by `dab submit`; it has no tag dab.folder.")
-    return RunFolder(Path(path))
 
 
 def stop(

@@ -14,6 +14,7 @@ from dabnn.errors import DabError, InvalidInputError
 from orchestrator import tracking
 from orchestrator.cluster import Cluster, client_env, ensure_cluster, job_client
 from orchestrator.config import Config, flatten, resolve_paths, to_dict, to_yaml, with_overrides
+from orchestrator.found_runs import checkpoint_of
 from orchestrator.home import home_folder
 from orchestrator.job import VARIABLE, Job
 from orchestrator.package import snapshot
@@ -49,7 +50,7 @@ class Plan:
 
 
 def plan(config: Config, *, sweep: bool) -> Plan:
-    """Resolve `config` and refuse what cannot run, without touching cluster or tracker.
+    """Resolve `config` and refuse what cannot run; the tracker is asked only for runs whose weights are wanted.
 
     Raises:
         InvalidInputError: Data, model, layer range, classes, disk space, or a sweep without a search space.
@@ -59,7 +60,7 @@ def plan(config: Config, *, sweep: bool) -> Plan:
             "search: missing, so there is nothing to sweep over. Add a section `search:` with `space:`; "
             "`dab config schema` describes it."
         )
-    config = resolve(resolve_paths(config))
+    config = resolved(config)
     if config.search is not None and sweep:
         resolve(with_overrides(trial_config(config), widest_range(config.search.space)))
     storage = Path(config.storage) if config.storage else home_folder("storage")
@@ -69,6 +70,15 @@ def plan(config: Config, *, sweep: bool) -> Plan:
     num_binary_layers = sum(layer.binary_weights for layer in table.layers)
     digest = manifest_of(config).digest
     return Plan(config, str(storage), table.float_bytes, table.packed_bytes, digest, cpus, num_binary_layers)
+
+
+def resolved(config: Config) -> Config:
+    """Return what `orchestrator.resolve` makes of `config` as the user wrote it; runs are looked up on its tracker.
+
+    Raises:
+        InvalidInputError: Something in `config` cannot run, or a run that it names does not exist.
+    """
+    return resolve(resolve_paths(config), lambda name: checkpoint_of(config.tracking.uri or ensure_tracking(), name))
 
 
 def submit(
