@@ -9,18 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dabnn.checkpoints import load_state
 from dabnn.errors import InvalidInputError
-from dabnn.layers import BinaryConv2d
+from dabnn.layers import EXTRA_STATE
 from dabnn.models import ModelSpec, Network, build
 from dabnn.plans import numbered_convs
-from dabnn.quantizers import binarize
-
-# What a binary layer holds besides weight and bias: dab_learned's two values, dab_warm's threshold, rsign's shift.
-QUANTIZER_TENSORS = ("alpha", "beta", "threshold", "shift")
 
 
 def load_trained(checkpoint: str | Path) -> Network:
@@ -38,8 +33,8 @@ def load_trained(checkpoint: str | Path) -> Network:
 def transfer(weights: Mapping[str, Tensor], net: Network, source: str) -> None:
     """Give `net` the weights and buffers of a network that may differ from it in its layer plan and quantizers.
 
-    Of the quantizer's tensors that the source lacks, alpha and beta start at the optimum of the new weights, the others
-    as in any new network; those that `net` lacks are left behind.
+    A quantizer's tensors that the source lacks are set by the layer for the new weights: learned alpha and beta and the
+    start of a warm search at the optimum, a shift of the inputs at 0. Those that `net` lacks are left behind.
 
     Args:
         weights: State dictionary of the source.
@@ -56,24 +51,11 @@ def transfer(weights: Mapping[str, Tensor], net: Network, source: str) -> None:
             if own[name].shape != weights[name].shape:
                 theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
                 raise _other_network(source, f"{name} is {theirs} there and {ours} in {net.spec.name}")
-        elif path not in paths or leaf not in QUANTIZER_TENSORS:
+        elif path not in paths or leaf not in EXTRA_STATE:
             verb = "lacks" if name in own else "has"
             who = "needs" if name in own else "does not know"
             raise _other_network(source, f"it {verb} {name}, which {net.spec.name} {who}")
-    net.load_state_dict(own | {name: tensor for name, tensor in weights.items() if name in own})
-    for path, conv in numbered_convs(net).values():
-        if f"{path}.alpha" in own and f"{path}.alpha" not in weights:
-            _learn_from_the_optimum(conv)
-
-
-@torch.no_grad()
-def _learn_from_the_optimum(layer: nn.Module) -> None:
-    if not isinstance(layer, BinaryConv2d):
-        return
-    code = binarize(layer.weight, "dab", layer.center)
-    for name, value in (("alpha", code.alpha), ("beta", code.beta)):
-        own = layer.get_parameter(name)
-        own.copy_(value.view_as(own))
+    net.load_state_dict({name: tensor for name, tensor in weights.items() if name in own})
 
 
 def check_same(saved: Mapping[str, Any], spec: ModelSpec, source: str) -> None:
