@@ -7,6 +7,7 @@ mathematics of `dab` lies in `kernels` and is not repeated here. Estimators lie 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def subtract_center(weight: Tensor, center: str) -> Tensor:
         raise unknown_choice("binarize.center", center, CENTERS)
     check_center(center, weight.shape)
     dims = (1,) if center == "tap" else tuple(range(1, weight.dim()))
-    return weight - weight.mean(dims, keepdim=True)
+    return cast(Tensor, _SubtractMean.apply(weight, dims))  # type: ignore[no-untyped-call]
 
 
 def check_center(center: str, weight_shape: torch.Size) -> None:
@@ -188,6 +189,19 @@ def group_means(rows: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     upper = torch.where(is_upper, flat, 0).sum(1)
     lower = torch.where(is_upper, 0, flat).sum(1)
     return upper / ones.clamp_min(1), lower / (flat.shape[1] - ones).clamp_min(1)
+
+
+class _SubtractMean(torch.autograd.Function):
+    """w - mean(w), which is its own derivative; autograd would negate the whole gradient first."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dims: tuple[int, ...]) -> Tensor:
+        ctx.dims = dims
+        return weight - weight.mean(dims, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad - grad.mean(ctx.dims, keepdim=True), None
 
 
 def check_method(method: str) -> None:
