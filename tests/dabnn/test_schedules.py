@@ -1,6 +1,7 @@
 """Each schedule against its closed form, written again here."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def rates(schedule: Schedule) -> np.ndarray:
     return np.array([learning_rate(schedule, epoch) for epoch in EPOCHS])
 
 
-def make(name: str, **options: float) -> Schedule:
+def make(name: str, **options: Any) -> Schedule:
     return Schedule(name, **{"max_lr": 0.5, "min_lr": 0.01, "epochs": 100} | options)
 
 
@@ -37,6 +38,18 @@ def test_decay_gives_the_rates_of_the_reference_runs(epoch: int, rate: float) ->
 
 def test_decay_far_beyond_the_smallest_number_is_the_lowest_rate() -> None:
     assert learning_rate(make("decay", interval=0.01), 100) == 0.01
+
+
+def test_step_divides_at_each_milestone_counted_with_warm_up_and_stops_at_the_lowest_rate() -> None:
+    expected = np.maximum(0.5 / 5.0 ** np.searchsorted([30, 60.5, 90], EPOCHS, side="right"), 0.01)
+    np.testing.assert_allclose(rates(make("step", milestones=(30, 60.5, 90), level=5)), expected, rtol=1e-12)
+    warm = rates(make("step", milestones=(30, 60.5, 90), level=5, warmup_epochs=10))
+    np.testing.assert_allclose(warm, np.where(EPOCHS < 10, 0.5 * EPOCHS / 10, expected), rtol=1e-12)
+
+
+def test_milestones_that_do_not_rise_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"^schedule\.milestones: "):
+        make("step", milestones=(60, 30))
 
 
 def test_cosine_falls_from_highest_to_lowest() -> None:
