@@ -68,7 +68,8 @@ def value_problem(path: str, details: ErrorDetails, field: FieldInfo | None) -> 
     kind, context = details["type"], details.get("ctx", {})
     about = f" ({field.description})" if field else ""
     if kind == "missing":
-        return f"{path}: missing{about}. Add it to the file, or pass --set {path}=..."
+        by_option = "" if "[" in path else f", or pass --set {path}=..."
+        return f"{path}: missing{about}. Add it to the file{by_option or '.'}"
     if kind == "value_error":
         return f"{path}: {show(details['input'])} {context['error']}{about}."
     wanted = _WANTED[kind].format(**context) if kind in _WANTED else details["msg"]

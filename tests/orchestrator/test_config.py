@@ -4,7 +4,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -324,6 +324,7 @@ PRINTABLE = st.text(st.characters(categories=("L", "N", "P", "S"), exclude_chara
 @given(
     st.floats(min_value=1e-300, max_value=1e300), st.integers(1, 2**31), PRINTABLE.filter(lambda text: text[0] != ".")
 )
+@settings(deadline=None)
 def test_any_accepted_value_survives_yaml(rate, epochs, name):
     config = with_overrides(load_config(None, SMALL), {"optim.max_lr": rate, "optim.min_lr": 0, "name": name})
     config = with_overrides(config, {"train.epochs": epochs})
