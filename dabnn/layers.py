@@ -31,7 +31,9 @@ from dabnn.quantizers import (
 )
 
 # What some layers keep besides weight and bias; a float network has none of it, and loading does not need it.
-EXTRA_STATE = ("alpha", "beta", "threshold", "input_shift")
+EXTRA_STATE = ("alpha", "beta", "threshold", "num_searches", "input_shift")
+# Every step `dab_warm` searches one filter in so many exactly, in turn, so that none strays for longer.
+_WARM_PERIOD = 64
 
 
 class BinaryConv2d(nn.Conv2d):
@@ -48,8 +50,9 @@ class BinaryConv2d(nn.Conv2d):
       `means`: dL/dc = dL/dy F(c) + the exact gradient of alpha and beta, for dab the mean of dL/dy over the weight's
       own group (`dabnn.quantizers.with_gradient`).
       `reference`: dL/dw by the factor of the reference code (`dabnn.gradients.two_valued_reference`), without F.
-    - `dab_warm`: the search for t starts at the buffer `threshold`, the last training forward's (alpha + beta) / 2; see
-      `kernels.dab_warm` for how far from the optimum it may end. Evaluation uses the exact optimum.
+    - `dab_warm`: the search for t starts at the buffer `threshold`, the last training forward's (alpha + beta) / 2, and
+      for one filter in 64, in turn, at the exact optimum. So sqrt(error) <= sqrt(least error) + 2 L, L the length of
+      the filter's path over at most 64 steps (`kernels.dab_warm`). Evaluation uses the exact optimum.
     - `dab_learned`: alpha and beta are parameters, t = (alpha + beta) / 2, dL/d alpha = sum(dL/dy e),
       dL/d beta = sum(dL/dy (1 - e)). They start at the optimum of the weight that the layer is made with; evaluation
       uses them. Where training lets alpha fall below beta, e still marks the larger weights.
@@ -77,12 +80,14 @@ class BinaryConv2d(nn.Conv2d):
         alpha: (F,) learned upper values with dab_learned, else None; as is beta.
         beta: (F,) learned lower values.
         threshold: (F,) where dab_warm starts the next search, else None.
+        num_searches: int64 scalar, warm searches so far, else None.
         input_shift: (C,) learned shift before the sign with rsign inputs, else None.
     """
 
     alpha: nn.Parameter | None
     beta: nn.Parameter | None
     threshold: Tensor | None
+    num_searches: Tensor | None
     input_shift: nn.Parameter | None
 
     def __init__(
@@ -178,8 +183,9 @@ class BinaryConv2d(nn.Conv2d):
             if self.alpha is not None and self.beta is not None:
                 self.alpha.copy_(code.alpha)
                 self.beta.copy_(code.beta)
-            if self.threshold is not None:
+            if self.threshold is not None and self.num_searches is not None:
                 self.threshold.copy_((code.alpha + code.beta) / 2)
+                self.num_searches.zero_()
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; either way the next evaluation quantizes afresh."""
@@ -230,7 +236,10 @@ class BinaryConv2d(nn.Conv2d):
         is_learned = self.weight_quantizer == "dab_learned"
         self.register_parameter("alpha", nn.Parameter(scalars) if is_learned else None)
         self.register_parameter("beta", nn.Parameter(scalars.clone()) if is_learned else None)
-        self.register_buffer("threshold", scalars.clone() if self.weight_quantizer == "dab_warm" else None)
+        is_warm = self.weight_quantizer == "dab_warm"
+        self.register_buffer("threshold", scalars.clone() if is_warm else None)
+        counter = torch.zeros((), dtype=torch.int64, device=scalars.device)
+        self.register_buffer("num_searches", counter if is_warm else None)
         is_shifted = self.binary_input and self.options.input_quantizer == "rsign"
         shift = torch.zeros(self.in_channels, dtype=scalars.dtype, device=scalars.device)
         self.register_parameter("input_shift", nn.Parameter(shift) if is_shifted else None)
@@ -257,12 +266,20 @@ class BinaryConv2d(nn.Conv2d):
     def _split(self, centered: Tensor, method: str) -> Split:
         if self.alpha is not None and self.beta is not None:
             return split_learned(centered, self.alpha, self.beta)
-        if self.threshold is None:
-            return split(centered, method)
-        threshold, alpha, beta = split_warm(centered, self.threshold)
-        with torch.no_grad():
-            self.threshold.copy_((alpha + beta) / 2)
-        return threshold, alpha, beta
+        if self.threshold is not None and self.num_searches is not None:
+            return self._split_warm(centered, self.threshold, self.num_searches)
+        return split(centered, method)
+
+    @torch.no_grad()
+    def _split_warm(self, centered: Tensor, start: Tensor, num_searches: Tensor) -> Split:
+        """Search from `start`, and put there where the next search begins."""
+        share = -(-self.out_channels // _WARM_PERIOD)
+        in_turn = (num_searches * share + torch.arange(share, device=start.device)) % self.out_channels
+        _, alpha, beta = split(centered[in_turn], "dab")
+        parts = split_warm(centered, start.index_copy(0, in_turn, (alpha + beta) / 2))
+        start.copy_((parts[1] + parts[2]) / 2)
+        num_searches += 1
+        return parts
 
     def _current_code(self, method: str) -> Code:
         if self.alpha is None or self.beta is None:
