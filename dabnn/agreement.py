@@ -44,20 +44,29 @@ class Agreement:
         for _, _, layer in self.layers:
             layer.keeps_step_code = True
 
-    def values(self, codes: Sequence[Code]) -> list[int]:
+    def values(self) -> list[int]:
         """Return two integers whose maxima over the ranks tell whether all agree: the digest and its complement."""
-        value = int(digest([tensor for code in codes for tensor in code])) if codes else 0
+        value = int(digest([tensor for code in self._codes() for tensor in code])) if self._codes() else 0
         return [value, ~value]
 
-    def step_codes(self) -> list[Code]:
-        """Return the codes that the last training forward used, in layer order; empty before the first."""
-        return [layer.step_code for _, _, layer in self.layers if layer.step_code is not None]
+    def settle(self) -> None:
+        """Take the codes of the current weights from now on, after the last update of an epoch.
 
-    def describe(self, world: World, codes: Sequence[Code]) -> str:
+        Raises:
+            InvalidInputError: The weights are not finite.
+        """
+        for _, _, layer in self.layers:
+            code = layer.code()
+            layer.step_code = code.mask, code.alpha, code.beta
+
+    def describe(self, world: World) -> str:
         """Return which layer is the first whose bits differ, and on which ranks; every rank must call it."""
-        per_rank = world.gather([int(digest(code)) for code in codes])
+        per_rank = world.gather([int(digest(code)) for code in self._codes()])
         names = [f"layer {number} ({path})" for number, path, _ in self.layers]
         return first_difference(names, per_rank)
+
+    def _codes(self) -> list[Code]:
+        return [layer.step_code for _, _, layer in self.layers if layer.step_code is not None]
 
 
 def is_agreed(largest: Sequence[int]) -> bool:

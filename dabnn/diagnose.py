@@ -1,12 +1,13 @@
 """Where a training step stopped being finite: the first layer with a value that is NaN or infinite, and its evidence.
 
-A rank whose loss is not finite runs the forward pass of that step once more on a copy of the network, watching each
-layer. It keeps the weights from before the step's update, so that the finding and the saved state are those of the
-step. Left out: what the ranks do about it, which is the training loop's business.
+A rank whose loss or gradient is not finite runs the forward pass of that step once more on a copy of the network,
+watching each layer. The step did not update the weights, so finding and saved state are those of the step. The loss
+alone would not tell: the sign of NaN is a bit like any other, so a network with binary inputs goes on with a finite
+loss while NaN gradients spoil the layers below. Left out: what the ranks do about it, which is the loop's business.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,17 +19,18 @@ from torch import Tensor, nn
 from dabnn.data import Batch
 from dabnn.errors import DabError
 from dabnn.plans import numbered_convs
+from dabnn.sync_batchnorm import SyncBatchNorm2d
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where and when a loss was not finite.
+    """Where and when a step was not finite.
 
     Attributes:
-        rank: Whose loss.
-        epoch: Epochs finished before.
-        step: Optimizer steps taken before this one.
-        seed: Seed of the run: with step and rank it decides what dropout drew.
+        rank: Whose step.
+        epoch: Number of the epoch, from 1.
+        step: Number of the step in the run, from 1.
+        seed: Seed of the run: dropout drew from `dabnn.distributed.seed_step(seed, step - 1, rank)`.
     """
 
     rank: int
@@ -36,15 +38,20 @@ class Place:
     step: int
     seed: int
 
+    @property
+    def file_name(self) -> str:
+        """Name of the file that the step is saved in."""
+        return f"step-{self.step:08d}-rank-{self.rank}.pt"
+
 
 class _FoundError(Exception):
     """Ends the forward pass at the first value that is not finite; its text is the finding."""
 
 
 def first_not_finite(net: nn.Module, forward: Callable[[nn.Module], Tensor]) -> str:
-    """Return what is the first thing in a forward pass that is not finite, in the order in which layers are executed.
+    """Return what is the first in a forward pass that is not finite, in the order of execution; "" for nothing.
 
-    A module without submodules is looked at in the order input, parameters, output; a residual sum that overflows
+    Each module without submodules is looked at: input, parameters, output. A residual sum that overflows
     between two modules is thus told as the input of the second. The network itself is left as it is. Layers compute
     with the statistics of this rank alone, where synchronised BatchNorm would wait for the others.
 
@@ -54,7 +61,9 @@ def first_not_finite(net: nn.Module, forward: Callable[[nn.Module], Tensor]) -> 
     """
     copied = _alone(copy.deepcopy(net))
     entered: list[str] = []
-    for name, module in _named_leaves(copied):
+    for name, module in _named(copied):
+        if any(module.children()):
+            continue
         module.register_forward_pre_hook(_check_before(name, entered))
         module.register_forward_hook(_check_after(name))
     try:
@@ -65,24 +74,44 @@ def first_not_finite(net: nn.Module, forward: Callable[[nn.Module], Tensor]) -> 
     except DabError as error:  # finite weights whose means are not: their sum overflows
         return f"{entered[-1]}: {error}".rstrip(".")
     if bool(loss.isfinite()):
-        return "the step computed again is finite, so an operation or the memory is not reliable"
+        return ""
     return f"every layer is finite, the loss of their output is {float(loss)}"
 
 
 def not_finite_parameter(net: nn.Module) -> str:
     """Return which is the first parameter or buffer, in the order of the network, that is not finite; "" for none."""
-    for name, module in _named_leaves(net):
+    for name, module in _named(net):
         if problem := _bad(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))):
             return f"{name}: {problem}"
     return ""
 
 
+def not_finite_gradient(net: nn.Module) -> str:
+    """Return which is the first gradient that is not finite, from the end of the network back; "" for none."""
+    for name, module in reversed(_named(net)):
+        gradients = ((key, tensor.grad) for key, tensor in module.named_parameters(recurse=False))
+        if problem := _bad((f"{key}'s gradient", grad) for key, grad in gradients if grad is not None):
+            return f"{name}: {problem}"
+    return ""
+
+
+def witness(findings: Sequence[str | None]) -> int:
+    """Return the rank that has the most to tell: the first that found something, else the first that looked.
+
+    Args:
+        findings: For each rank what `first_not_finite` returned; None where it had no reason to look.
+    """
+    found = [rank for rank, finding in enumerate(findings) if finding]
+    looked = [rank for rank, finding in enumerate(findings) if finding is not None]
+    return next(iter(found + looked), -1)
+
+
 def save_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, place: Place) -> None:
     """Write what the step was computed from, to be read with `torch.load(path, weights_only=True)`.
 
-    A dictionary: `net` and `optimizer` (state dictionaries; the weights are those before the update, the statistics of
-    BatchNorm have seen the batch), `images`, `labels`, `indices` (of the samples in the split), `global_size`, and the
-    fields of `place`.
+    A dictionary: `net` and `optimizer` (state dictionaries; the weights are those that the step began with, while the
+    statistics of BatchNorm have seen the batch), `images`, `labels`, `indices` (of the
+    samples in the split), `global_size`, and the fields of `place`.
 
     Raises:
         OSError: It cannot be written.
@@ -112,20 +141,19 @@ def save_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, bat
 def _alone(net: nn.Module) -> nn.Module:
     """Exchange synchronised BatchNorm for BatchNorm with the same parameters, which waits for no other rank."""
     for path, module in list(net.named_modules()):
-        if isinstance(module, nn.SyncBatchNorm):
+        if isinstance(module, nn.SyncBatchNorm | SyncBatchNorm2d):
             own = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine, device="meta")
             own.__dict__.update({key: getattr(module, key) for key in ("_parameters", "_buffers", "training")})
             net.set_submodule(path, own)
     return net
 
 
-def _named_leaves(net: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return how messages call each module without submodules, or with parameters of its own, and the module."""
+def _named(net: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return how messages call each module, and the module."""
     numbers = {path: number for number, (path, _) in numbered_convs(net).items()}
     return [
         (f"layer {numbers[path]} ({path})" if path in numbers else path or type(module).__name__, module)
         for path, module in net.named_modules()
-        if not any(module.children()) or any(True for _ in module.parameters(recurse=False))
     ]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dabnn.activations import input_code
 from dabnn.distributed import World
 from dabnn.layers import BinaryConv2d
 from dabnn.plans import numbered_convs
@@ -101,7 +102,11 @@ class _Layer:
         return isinstance(self.conv, BinaryConv2d) and self.conv.weight_quantizer is not None
 
     def note_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        positive = inputs[0].detach() >= 0
+        layer = self.conv
+        if not isinstance(layer, BinaryConv2d):
+            return
+        code = input_code(inputs[0], layer.options.input_quantizer, layer.input_shift)
+        positive = code.real >= 0
         self.num_positive += positive.sum((0, 2, 3))
         self.num_inputs += positive.numel() // positive.shape[1]
 
@@ -279,9 +284,9 @@ def bit_metrics(bits: _Bits, code: Code) -> dict[str, float]:
 
 
 def input_metrics(num_positive: Tensor, num_inputs: int) -> dict[str, float]:
-    r"""Return how balanced the sign inputs of a layer are over the sampled steps and all ranks.
+    r"""Return how balanced the binary inputs of a layer are over the sampled steps and all ranks.
 
-    With p_c the share of +1 among the inputs of channel c, before padding:
+    With p_c the share of +1 (of the upper value, for two-valued inputs) among the inputs of channel c, before padding:
 
     - `positive_inputs` = mean_c p_c: the activation balance.
     - `input_imbalance` = mean_c |2 p_c - 1|: 0 where each channel is balanced, 1 where every channel is constant, which

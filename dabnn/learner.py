@@ -4,17 +4,30 @@ A step is a function of these, the samples and the position within the stage. Le
 agreement of ranks, which are the loop's: `dabnn.train`.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dabnn.agreement import Agreement
 from dabnn.averaging import Average
-from dabnn.distributed import World, share_buffers, wrap
+from dabnn.data import Batch
+from dabnn.diagnose import (
+    Place,
+    first_not_finite,
+    not_finite_gradient,
+    not_finite_parameter,
+    save_state,
+    witness,
+)
+from dabnn.distributed import World, seed_step, share_buffers, wrap
 from dabnn.errors import InvalidInputError
+from dabnn.instruments import Instruments
 from dabnn.layers import set_progress
 from dabnn.losses import distillation, kurtosis_penalty, latent_weights, smoothed_cross_entropy
 from dabnn.models import Network, build
@@ -24,6 +37,7 @@ from dabnn.spec import StageSpec, TrainSpec
 from dabnn.sync_batchnorm import synchronize
 from dabnn.transfer import check_same, check_teacher, transfer
 
+_UNRELIABLE = "computed again the step is finite, so an operation or the memory is not reliable"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -36,6 +50,9 @@ class Learner:
         optimizer: The optimizer over its parameters.
         average: The moving average of its weights, or None.
         teacher: A trained network to learn from, in evaluation mode and float32, or None.
+        instruments: What measures the layers.
+        agreement: What compares the bits of the ranks.
+        is_finite: Whether loss and gradients of the last step were.
     """
 
     def __init__(self, spec: TrainSpec, stage: StageSpec, world: World, teacher: Network | None) -> None:
@@ -55,8 +72,11 @@ class Learner:
             synchronize(self.net, world)
         self.optimizer = make_optimizer(self.net, stage.optim)
         self.average = self._new_average()
+        self.instruments = Instruments(self.net if spec.instruments else None)
+        self.agreement = Agreement(self.net, world)
         self._latent = latent_weights(self.net)
         self._model: nn.Module = self.net
+        self.is_finite = True
 
     def start_from(self, weights: Mapping[str, Tensor], source: str) -> None:
         """Take over the weights of the stage before, or of another run; see `dabnn.transfer`.
@@ -72,13 +92,18 @@ class Learner:
         spec = self.net.spec
         self._model = wrap(self.net, self._world, (spec.in_channels, spec.input_size, spec.input_size))
 
-    def step(self, images: Tensor, labels: Tensor, *, epoch: float, num_samples: int) -> tuple[Tensor, Tensor, float]:
+    def step(
+        self, images: Tensor, labels: Tensor, *, epoch: float, step_in_epoch: int, num_samples: int
+    ) -> tuple[Tensor, Tensor, float]:
         """Learn from this rank's samples of one step; every rank must call it.
+
+        Where the loss or a gradient is not finite the weights are left alone, so that they can be looked at.
 
         Args:
             images: (n, C, H, W) float32 on the rank's device.
             labels: (n,) int64.
             epoch: Fractional epoch of the stage.
+            step_in_epoch: Steps of the epoch taken before.
             num_samples: Samples of the step over all ranks.
 
         Returns:
@@ -90,20 +115,31 @@ class Learner:
         set_learning_rate(self.optimizer, learning_rate(self.stage.schedule, epoch))
         set_progress(self.net, epoch / self.stage.epochs)
         self._model.train()
+        with self.instruments.step(step_in_epoch):
+            logits, loss = self.loss(self._model, images, labels, num_samples)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        gradients = [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
+        largest = nn.utils.get_total_norm(gradients, math.inf)
+        value, largest_gradient = torch.stack([loss.detach(), largest]).tolist()  # one wait for the device
+        self.is_finite = math.isfinite(value) and math.isfinite(largest_gradient)
+        if self.is_finite:
+            take_step(self.optimizer)
+            if self.average is not None:
+                self.average.update(self.net)
+        logits = logits.detach().float()
+        return logits, F.cross_entropy(logits, labels, reduction="none"), value
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Return the logits of `model`, the network or a copy of it, and the loss that a step takes the gradient of."""
         with self._autocast:
-            logits = self._model(images)
+            logits = model(images)
         # DDP averages over ranks; this makes it the mean over the samples of the step, also when shares differ.
         loss = self._losses(logits, images, labels).sum() * (self._world.size / num_samples)
         if self.stage.loss.kurtosis is not None and self._latent:
             penalty = self.stage.loss.kurtosis
             loss = loss + penalty.weight * kurtosis_penalty(self._latent, penalty.target)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        take_step(self.optimizer)
-        if self.average is not None:
-            self.average.update(self.net)
-        logits = logits.detach().float()
-        return logits, F.cross_entropy(logits, labels, reduction="none"), float(loss.detach())
+        return logits, loss
 
     def _losses(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Return what is minimised for each sample: (1 - weight) cross-entropy + weight distillation."""
@@ -114,6 +150,29 @@ class Learner:
         with torch.no_grad():
             answers = self.teacher(images)
         return (1 - distill.weight) * losses + distill.weight * distillation(logits, answers, distill.temperature)
+
+    def inspect(self, folder: Path, batch: Batch, place: Place, *, is_sick: bool) -> str:
+        """Find where the last step stopped being finite; every rank must call it.
+
+        Returns:
+            What was found and where the step is saved, on the rank that has the most to tell; nothing on the others.
+        """
+        images, labels = batch.images.to(self._world.device), batch.labels.to(self._world.device)
+
+        def forward(net: nn.Module) -> Tensor:
+            seed_step(place.seed, place.step - 1, place.rank)
+            return self.loss(net, images, labels, batch.global_size)[1]
+
+        found = first_not_finite(self.net, forward) if is_sick else None
+        if witness(self._world.gather(found)) != self._world.rank:
+            return ""
+        found = found or not_finite_gradient(self.net) or not_finite_parameter(self.net) or _UNRELIABLE
+        path = folder / place.file_name
+        try:
+            save_state(path, self.net, self.optimizer, batch, place)
+        except OSError as error:  # a full disk must not hide the finding
+            return f"{found}; the step could not be saved ({error})"
+        return f"{found}; the step is saved in {path}"
 
     @contextmanager
     def evaluating(self) -> Iterator[Network]:

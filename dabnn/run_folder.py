@@ -6,6 +6,7 @@
     attempts.jsonl  one line a start of the loop
     control.json    written by whoever wants the run to stop; the loop takes a checkpoint and ends
     result.json     how the last attempt ended
+    inspect/        steps that were not finite, see `dabnn.diagnose`
 
 The folder is the durable record; trackers follow it. It leaves out everything about clusters.
 """
@@ -13,6 +14,7 @@ The folder is the durable record; trackers follow it. It leaves out everything a
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,11 @@ class RunFolder:
     def metrics_file(self) -> Path:
         """JSON lines, one a finished epoch."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def inspect(self) -> Path:
+        """Folder of the steps that were not finite."""
+        return self.root / "inspect"
 
     @property
     def control_file(self) -> Path:
@@ -94,6 +101,11 @@ class RunFolder:
     def forget_result(self) -> None:
         """Remove `result.json`, so that a new attempt cannot be mistaken for the last."""
         (self.root / "result.json").unlink(missing_ok=True)
+
+
+def headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that a person is shown: those of the run, without those of single layers."""
+    return {key: value for key, value in metrics.items() if "/" not in key}
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:

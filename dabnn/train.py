@@ -8,9 +8,9 @@ are settled before the first step; a checkpoint holds rank 0's weights, buffers 
 starts from those. A run of several stages is one run: epochs and steps are counted through, and a stage starts with the
 weights that the checkpoint at the end of the one before holds, whether or not the program was ended in between.
 
-Once a step all ranks agree (one all-reduce of three integers) whether to go on: a stop, a damaged sample on one rank
-or a loss that is not finite ends all of them together instead of leaving some waiting. Leaves out clusters and
-trackers: see `jobs.train`.
+Once a step all ranks agree (one all-reduce of five integers) whether to go on: a stop, a damaged sample on one rank, a
+loss that is not finite or bits that differ end all of them together instead of leaving some waiting. Leaves out
+clusters and trackers: see `jobs.train`.
 """
 
 import argparse
@@ -30,14 +30,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dabnn.agreement import is_agreed
 from dabnn.checkpoints import Checkpoint, CheckpointWriter, Moment, load_state, restore_point, stage_end
 from dabnn.data import Batch, Stream, load_manifest
+from dabnn.diagnose import Place, not_finite_parameter
 from dabnn.distributed import COLLECTIVE_TIMEOUT_S, World, deterministic, seed_step
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.evaluate import Totals, count
 from dabnn.learner import Learner
 from dabnn.models import Network
-from dabnn.run_folder import RunFolder
+from dabnn.run_folder import RunFolder, headline
 from dabnn.spec import StageSpec, TrainSpec
 from dabnn.splits import open_split
 from dabnn.transfer import load_trained
@@ -48,6 +50,7 @@ _log = logging.getLogger(__name__)
 PROGRESS_INTERVAL_S = 1.0
 STAGE_TEACHER = "stage:"
 _DIVERGED_ADVICE = "Lower optim.max_lr or raise schedule.warmup_epochs."
+_BITS_ADVICE = "`dab resume` goes on from the last checkpoint; if it happens again, test the memory of that machine."
 
 
 class Observer(Protocol):
@@ -138,6 +141,7 @@ class _Loop:
         self._started, self._seen, self._progress_time = 0.0, 0, 0.0
         self._error: DabError | None = None
         self._last_loss, self._saved_step = 0.0, -1
+        self._tried: tuple[Batch, Place] | None = None  # the last step
 
     def prepare(self) -> TrainResult | None:
         """Build everything and restore the newest checkpoint; return a failed result when a rank cannot."""
@@ -190,7 +194,7 @@ class _Loop:
                 return self._result("failed", error)
             self._started, self._seen = time.monotonic(), 0
             decision, reason = self._train_epoch()
-            if decision in (Verdict.RANK_ERROR, Verdict.NOT_FINITE):
+            if decision.is_failure:
                 return self._result("failed", self._explain(decision, reason))
             is_stopping = decision is Verdict.STOP
             if self.position.step_in_epoch == self.train_stream.num_steps:
@@ -259,8 +263,9 @@ class _Loop:
 
     def _agree(self) -> tuple[Verdict, str]:
         stop = self.world.is_main and self.folder.is_stop_requested()
-        flags = [int(stop), int(self._error is not None), int(not math.isfinite(self._last_loss))]
-        return verdict(*self.world.largest(flags))
+        flags = [int(stop), int(self._error is not None), int(not self.learner.is_finite)]
+        *flags, digest, complement = self.world.largest([*flags, *self.learner.agreement.values()])
+        return verdict(*flags, has_equal_bits=is_agreed([digest, complement]))
 
     def _step(self, batch: Batch) -> None:
         try:
@@ -270,11 +275,14 @@ class _Loop:
 
     def _learn(self, batch: Batch) -> None:
         position = self.position
+        self._tried = batch, Place(self.world.rank, position.epoch + 1, position.step + 1, self.spec.seed)
         seed_step(self.spec.seed, position.step, self.world.rank)
         epoch = position.epoch - self._epochs_before + position.step_in_epoch / self.train_stream.num_steps
         labels = batch.labels.to(self.world.device)
         images = batch.images.to(self.world.device)
-        logits, losses, self._last_loss = self.learner.step(images, labels, epoch=epoch, num_samples=batch.global_size)
+        logits, losses, self._last_loss = self.learner.step(
+            images, labels, epoch=epoch, step_in_epoch=position.step_in_epoch, num_samples=batch.global_size
+        )
         self.totals.add(logits, labels, losses)
         self._seen += batch.global_size
         position.step_in_epoch += 1
@@ -285,17 +293,19 @@ class _Loop:
         duration_s = time.monotonic() - self._started
         metrics = self.totals.over(self.world).metrics("train_")
         self.totals = Totals()
+        layers = self._measure()
         metrics |= self._validate()
         decision, reason = self._agree()
-        if decision is Verdict.RANK_ERROR:
+        if decision.is_failure:
             return self._explain(decision, reason)
         self.position.epoch += 1
         self.position.step_in_epoch = 0
         metrics["learning_rate"] = self.learner.optimizer.param_groups[0]["lr"]
         metrics["images_per_s"] = self._seen / duration_s
         metrics["epoch_s"] = duration_s
-        metrics["stage"] = float(self.position.stage + 1)
-        self.metrics = metrics
+        if self.spec.stages:
+            metrics["stage"] = float(self.position.stage + 1)
+        self.metrics = metrics = metrics | layers
         if self.world.is_main:  # before the checkpoint: a run resumed from that would not write this line again
             self._write(lambda: self.folder.append_metrics(self.position.epoch, metrics))
             self._write_progress(metrics["images_per_s"])
@@ -303,6 +313,16 @@ class _Loop:
             self._save(metrics)
         self.observer.epoch_finished(self.position.epoch, metrics)
         return ""
+
+    def _measure(self) -> dict[str, float]:
+        """Return the epoch's instruments, and have the bits after its last update compared."""
+        try:
+            layers = self.learner.instruments.finish_epoch(self.world)
+            self.learner.agreement.settle()
+        except DabError as error:  # weights that are not finite: every rank has them
+            self._error = error
+            return {}
+        return layers
 
     def _validate(self) -> dict[str, float]:
         totals = Totals()
@@ -323,18 +343,19 @@ class _Loop:
 
     def _save(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint of the current position; every rank must call it, rank 0 writes."""
-        totals = self.totals.over(self.world)
+        totals, instruments = self.totals.over(self.world), self.learner.instruments.state(self.world)
         self._saved_step = self.position.step
         if not self.world.is_main or self._error is not None:
             return
-        weights = self.learner.net.state_dict()
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            self._error = DabError(f"weights: not finite after step {self.position.step}. {_DIVERGED_ADVICE}")
+        if problem := not_finite_parameter(self.learner.net):
+            text = f"weights: not finite after step {self.position.step} ({problem}). {_DIVERGED_ADVICE}"
+            self._error = DabError(text)
             return
         state = self.learner.state() | {
             "model": asdict(self.learner.net.spec),
             "position": asdict(self.position),
             "totals": asdict(totals),
+            "instruments": instruments,
             "metrics": metrics or self.metrics,
             "data_digest": self.data_digest,
         }
@@ -370,6 +391,7 @@ class _Loop:
         self.learner.load(state, found.path)
         self._saved_step = found.step
         self.metrics = state["metrics"]
+        self.learner.instruments.restore(state.get("instruments", {}), is_main=self.world.is_main)
         if self.world.is_main:  # the sums are over all ranks already
             self.totals = Totals(**state["totals"])
         _log.info("resumed from %s (epoch %d, step %d)", found.path, self.position.epoch, self.position.step)
@@ -406,13 +428,19 @@ class _Loop:
             self._error = DabError(f"storage: cannot write in {self.folder.root}: {error}")
 
     def _explain(self, decision: Verdict, reason: str) -> str:
-        own = f"rank {self.world.rank}: {self._reason()}" if self._error else ""
-        if decision is Verdict.NOT_FINITE and not math.isfinite(self._last_loss):
-            own = f"rank {self.world.rank}: loss {self._last_loss}"
-        details = "; ".join(detail for detail in self.world.gather(own) if detail)
+        """Say why all ranks end; every rank must call it. A rank whose step was not finite saves it."""
         place = f"epoch {self.position.epoch + 1}, step {self.position.step}"
+        if decision is Verdict.BITS_DIFFER:
+            return f"{reason} ({place}). {self.learner.agreement.describe(self.world)}. {_BITS_ADVICE}"
+        own = f"rank {self.world.rank}: {self._reason().rstrip('.')}" if self._error else ""
+        is_sick = not self.learner.is_finite or bool(self._error and not_finite_parameter(self.learner.net))
+        found = self.learner.inspect(self.folder.inspect, *self._tried, is_sick=is_sick) if self._tried else ""
+        if decision is Verdict.NOT_FINITE and (found or not math.isfinite(self._last_loss)):
+            own = f"rank {self.world.rank}: loss {self._last_loss}"
+        own = f"{own}; {found}" if found else own
+        details = "; ".join(detail for detail in self.world.gather(own) if detail)
         advice = f" {_DIVERGED_ADVICE}" if decision is Verdict.NOT_FINITE else ""
-        return f"{reason} ({place}). {details.rstrip('.')}.{advice}"
+        return f"{reason} ({place}). {details}.{advice}"
 
     def _result(self, status: str, message: str) -> TrainResult:
         try:
@@ -462,7 +490,7 @@ def main() -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    _log.info("%s: epoch %d, step %d, %s", result.status, result.epoch, result.step, result.metrics)
+    _log.info("%s: epoch %d, step %d, %s", result.status, result.epoch, result.step, headline(result.metrics))
     if result.status == "failed":
         raise SystemExit(f"error: {result.message}")
 

@@ -10,14 +10,29 @@ class Verdict(Enum):
     STOP = "stop"
     RANK_ERROR = "rank_error"
     NOT_FINITE = "not_finite"
+    BITS_DIFFER = "bits_differ"
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the run ends failed."""
+        return self in (Verdict.RANK_ERROR, Verdict.NOT_FINITE, Verdict.BITS_DIFFER)
 
 
-def verdict(stop: int, rank_error: int, not_finite: int) -> tuple[Verdict, str]:
-    """Decide from the flags of all ranks (each 0, or 1 if any rank raised it) how to go on, and say why."""
+def verdict(stop: int, rank_error: int, not_finite: int, *, has_equal_bits: bool = True) -> tuple[Verdict, str]:
+    """Decide how to go on, and say why.
+
+    Args:
+        stop: 1 if any rank was asked to stop, else 0.
+        rank_error: 1 if any rank cannot go on.
+        not_finite: 1 if the loss or the gradient of any rank is not finite.
+        has_equal_bits: Whether all ranks hold the same binary weights, see `dabnn.agreement`.
+    """
     if rank_error:
         return Verdict.RANK_ERROR, "a rank cannot go on"
     if not_finite:
-        return Verdict.NOT_FINITE, "the loss is not finite"
+        return Verdict.NOT_FINITE, "the loss or its gradient is not finite"
+    if not has_equal_bits:
+        return Verdict.BITS_DIFFER, "the ranks hold different bits"
     if stop:
         return Verdict.STOP, "a stop was asked for"
     return Verdict.CONTINUE, ""

@@ -14,6 +14,15 @@ def code(seed: int = 0, shape: tuple[int, ...] = (5, 3, 3, 3)) -> tuple[Tensor, 
     return (torch.rand(shape, generator=generator) > 0.5, torch.rand(5, generator=generator), torch.zeros(5))
 
 
+def agreement_of(seed: int) -> Agreement:
+    """What watches a network that has taken one step."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(BinaryConv2d(2, 4, 3, weight_quantizer="dab", binary_input=True))
+    agreement = Agreement(net, TWO)
+    net(torch.randn(2, 2, 8, 8))
+    return agreement
+
+
 def test_a_digest_repeats_and_tells_every_single_bit_apart() -> None:
     tensors = code()
     before = int(digest(tensors))
@@ -51,11 +60,10 @@ def test_a_digest_is_equal_in_any_memory_format() -> None:
 
 
 def test_maxima_over_the_ranks_agree_only_where_all_digests_do() -> None:
-    agreement = Agreement(nn.Sequential(), TWO)
-    own, same, other = (agreement.values([code(seed)]) for seed in (0, 0, 1))
-    assert is_agreed([max(pair) for pair in zip(own, same, strict=True)])
-    assert not is_agreed([max(pair) for pair in zip(own, other, strict=True)])
-    assert is_agreed(agreement.values([]))
+    own, same, other = (agreement_of(seed) for seed in (0, 0, 1))
+    assert is_agreed([max(pair) for pair in zip(own.values(), same.values(), strict=True)])
+    assert not is_agreed([max(pair) for pair in zip(own.values(), other.values(), strict=True)])
+    assert is_agreed(Agreement(nn.Sequential(), TWO).values())
 
 
 @pytest.mark.parametrize(
@@ -77,10 +85,17 @@ def test_the_first_layer_that_differs_is_named_with_the_ranks_in_the_minority(
 def test_only_layers_with_binary_weights_are_watched_and_only_among_several_ranks() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), BinaryConv2d(4, 4, 3, weight_quantizer="dab", binary_input=True))
     assert not Agreement(net, World.current()).layers
-    agreement = Agreement(net, TWO)
-    assert [(number, path) for number, path, _ in agreement.layers] == [(2, "1")]
-    assert agreement.step_codes() == []
-    net(torch.randn(2, 1, 8, 8))
-    mask, alpha, _ = agreement.step_codes()[0]
-    assert torch.equal(mask, net[1].code().mask)
-    assert torch.equal(alpha, net[1].code().alpha)
+    assert [(number, path) for number, path, _ in Agreement(net, TWO).layers] == [(2, "1")]
+
+
+def test_the_bits_compared_are_those_of_the_last_step_until_the_epoch_ends() -> None:
+    agreement = agreement_of(0)
+    layer = agreement.layers[0][2]
+    of_step = agreement.values()
+    with torch.no_grad():
+        layer.weight.view(-1)[7] *= -1
+    assert agreement.values() == of_step
+    agreement.settle()
+    code = layer.code()
+    assert agreement.values()[0] == int(digest([code.mask, code.alpha, code.beta]))
+    assert agreement.values() != of_step

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -5,8 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from dabnn.data import Batch
-from dabnn.diagnose import Place, first_not_finite, not_finite_parameter, save_state
+from dabnn.diagnose import (
+    Place,
+    first_not_finite,
+    not_finite_gradient,
+    not_finite_parameter,
+    save_state,
+    witness,
+)
 from dabnn.layers import BinaryConv2d
+from dabnn.sync_batchnorm import SyncBatchNorm2d
 
 IMAGES = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -83,8 +92,36 @@ def test_a_loss_of_finite_logits_is_told_as_such() -> None:
     assert found == "every layer is finite, the loss of their output is inf"
 
 
-def test_a_step_that_is_finite_the_second_time_is_told_as_unreliable() -> None:
-    assert "not reliable" in look(network())
+def test_nothing_is_found_in_a_finite_step() -> None:
+    assert look(network()) == ""
+    assert not_finite_gradient(network()) == ""
+
+
+def test_the_gradient_nearest_to_the_loss_is_named() -> None:
+    net = network()
+    net(IMAGES).square().mean().backward()
+    net[0].weight.grad[0, 0, 0, 0] = torch.nan
+    net[2].weight.grad[1] = torch.inf
+    assert not_finite_gradient(net) == "layer 2 (2): its weight's gradient holds 36 infinite of 144 values"
+
+
+def test_the_sign_swallows_a_value_that_is_not_a_number_but_its_step_is_found() -> None:
+    """Why the loss alone does not tell that a step is not finite."""
+    net, images = network(), IMAGES.clone()
+    images[0, 0, 2, 2] = torch.nan
+    loss = net(images).square().mean()
+    loss.backward()
+    assert bool(loss.isfinite())
+    assert not_finite_gradient(net) == "1: its weight's gradient holds 4 NaN of 4 values"
+    assert look(net, images) == "layer 1 (0): its input holds 1 NaN of 144 values"
+
+
+@pytest.mark.parametrize(
+    ("findings", "rank"),
+    [([None, "", "layer 1"], 2), ([None, "", ""], 1), (["a", "b"], 0), ([None, None], -1)],
+)
+def test_the_rank_that_found_something_tells_it(findings: list[str | None], rank: int) -> None:
+    assert witness(findings) == rank
 
 
 def test_the_network_is_left_as_it_is() -> None:
@@ -96,12 +133,14 @@ def test_the_network_is_left_as_it_is() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-def test_synchronised_batch_norm_is_computed_alone() -> None:
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(network())
+@pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, SyncBatchNorm2d.of])
+def test_synchronised_batch_norm_is_computed_alone(convert: Callable[[nn.Module], nn.Module]) -> None:
+    net = network()
+    net[1] = convert(net[1])  # either would ask a process group that is not there
     with torch.no_grad():
         net[2].weight[0, 0, 0, 0] = torch.nan
     assert look(net).startswith("layer 2 (2): its weight holds 1 NaN")
-    assert isinstance(net[1], nn.SyncBatchNorm)
+    assert type(net[1]) is not nn.BatchNorm2d
 
 
 def test_the_saved_step_can_be_computed_again_without_running_code_of_the_file(tmp_path: Path) -> None:
@@ -110,8 +149,9 @@ def test_the_saved_step_can_be_computed_again_without_running_code_of_the_file(t
     net(IMAGES).square().mean().backward()
     optimizer.step()
     batch = Batch(IMAGES, torch.tensor([0, 1, 2, 3]), torch.tensor([9, 8, 7, 6]), 8)
-    path = tmp_path / "inspect" / "step-00000007-rank-1.pt"
-    save_state(path, net, optimizer, batch, Place(rank=1, epoch=2, step=7, seed=3))
+    place = Place(rank=1, epoch=2, step=7, seed=3)
+    path = tmp_path / "inspect" / place.file_name
+    save_state(path, net, optimizer, batch, place)
     state = torch.load(path, weights_only=True)
     again = network()
     again.load_state_dict(state["net"])

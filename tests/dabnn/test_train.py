@@ -100,6 +100,11 @@ def test_stop_between_epochs_leaves_the_score_of_the_checkpoint(digits: Path, tm
     assert best_checkpoint(folder.checkpoints).score == stopped.metrics["val_top1"]
 
 
+def measured(metrics: dict[str, float]) -> dict[str, float]:
+    """The instruments of the layers."""
+    return {key: value for key, value in metrics.items() if key.startswith("layers/")}
+
+
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_killed_in_mid_epoch_it_resumes_to_bit_identical_weights(
     num_workers: int, digits: Path, tmp_path: Path
@@ -111,6 +116,7 @@ def test_killed_in_mid_epoch_it_resumes_to_bit_identical_weights(
     assert RunFolder(tmp_path / "killed").attempts()[-1]["start_step"] > 0
     assert resumed["weights_sha256"] == whole["weights_sha256"]
     assert resumed["metrics"]["train_loss"] == whole["metrics"]["train_loss"]
+    assert measured(resumed["metrics"]) == measured(whole["metrics"]) != {}
 
 
 def test_a_finished_run_started_again_ends_at_once_with_the_same_weights(digits: Path, tmp_path: Path) -> None:

@@ -412,7 +412,7 @@ def test_a_trial_that_fails_does_not_end_its_search(side_by_side: tuple[Sweep, S
     assert sweep.status["status"] == "finished"
     by_rate = {float(trial.params["optim.max_lr"]): trial for trial in sweep.trials}
     assert {rate: trial.status for rate, trial in by_rate.items()} == {1e30: "failed", 2e-3: "finished"}
-    assert "the loss is not finite" in by_rate[1e30].tags["dab.message"]
+    assert "is not finite" in by_rate[1e30].tags["dab.message"]
     parent = tracking.find_run(sweep.status["tracking_uri"], "grid")
     assert parent.tags["dab.best_run"] == by_rate[2e-3].run_id
 
