@@ -13,32 +13,41 @@ import torch
 from torch import Tensor, nn
 
 from dabnn import packed_file
+from dabnn.activations import input_code
 from dabnn.errors import InvalidInputError
 from dabnn.layers import BinaryConv2d
 from dabnn.models import ModelSpec, Network, build
+from dabnn.models.folding import SignThreshold, find_threshold, fold, sign_norms, unfold
+from dabnn.models.table import float_bytes
 from dabnn.quantizers import expand
 from kernels import pack_signs, packed_conv2d
 
-FLOAT_BYTES = 4
+# Of a layer with binary weights: what its bits, alpha and beta stand for.
+_REPLACED = ("weight", "alpha", "beta", "threshold")
+# Rounded, it would change signs that the check of the layers compares one by one.
+_NEVER_HALF = "input_shift"
 
 
 class PackedConv2d(nn.Module):
     """A convolution of sign inputs with two-valued filters held as bits, for inference only.
 
     Computes what `dabnn.layers.BinaryConv2d` computes in evaluation, operation for operation, on packed bits (see
-    `kernels.packed_conv2d`). Input (N, C, H, W) of any floating type, output (N, F, H', W') in that type.
+    `kernels.packed_conv2d`), for every input quantizer. Input (N, C, H, W) of any floating type, output (N, F, H', W')
+    in that type.
 
     Attributes:
         weight_bits: (F, kh, kw, ceil(C / 32)) int32.
         alpha: (F,) float32.
         beta: (F,) float32.
         bias: (F,) float32, or None.
+        input_shift: (C,) float32 with rsign inputs, else None.
     """
 
     weight_bits: Tensor
     alpha: Tensor
     beta: Tensor
     bias: Tensor | None
+    input_shift: Tensor | None
 
     def __init__(self, layer: BinaryConv2d, mask: Tensor, alpha: Tensor, beta: Tensor) -> None:
         """Take geometry and bias from `layer`, the filters from mask (F, C, kh, kw), alpha (F,) and beta (F,)."""
@@ -56,20 +65,29 @@ class PackedConv2d(nn.Module):
         self.register_buffer("alpha", alpha)
         self.register_buffer("beta", beta)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+        self.register_buffer("input_shift", None if layer.input_shift is None else layer.input_shift.detach())
+        self.input_quantizer = layer.options.input_quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of the signs of x (N, C, H, W)."""
-        out = packed_conv2d(
+        """Return the convolution of the binary form of x (N, C, H, W)."""
+        code = input_code(x.float(), self.input_quantizer, self.input_shift)
+        if code.scale is None or code.offset is None:
+            return self._convolve(code.real, self.bias).to(x.dtype)
+        y = code.scale * self._convolve(code.real, None)
+        y = y + code.offset * self._convolve(torch.ones_like(code.real[:1]), None)
+        return (y if self.bias is None else y + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return packed_conv2d(
             pack_signs(x),
             self.weight_bits,
             self.alpha,
             self.beta,
-            self.bias,
+            bias,
             in_channels=self.in_channels,
             stride=self.stride,
             padding=self.padding,
         )
-        return out.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,7 @@ class PackedModel:
         net: The network, in evaluation mode.
         spec: What `dabnn.models.build` was given.
         tensors: What a file holds, by name; see `dabnn.packed_file`.
-        float_bytes: Bytes of the same network with all weights and BN statistics in float32.
+        float_bytes: Bytes of the same network with all weights and BN statistics in float32 (`dabnn.models.table`).
         classes: Class names in the order of the logits, or None.
         normalization: What to do to images first, or None if unknown; their size is `spec.input_size`.
     """
@@ -169,7 +187,8 @@ def pack(
     tensors = {name: tensor.cpu().clone() for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
     for path, layer in binary_layers(net).items():
         code = layer.code()
-        del tensors[f"{path}.weight"]
+        for name in _REPLACED:
+            tensors.pop(f"{path}.{name}", None)
         tensors[f"{path}.weight_bits"] = packed_file.encode_mask(code.mask)
         tensors[f"{path}.alpha"] = code.alpha.float().cpu()
         tensors[f"{path}.beta"] = code.beta.float().cpu()
@@ -217,17 +236,23 @@ def _assemble(
 ) -> PackedModel:
     net = _build(source, spec)
     float_state = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
-    layers = binary_layers(net)
-    _check_shapes(source, _packed_shapes(float_state, layers), tensors)
-    net.load_state_dict({name: tensors[name] for name in float_state if name in tensors}, strict=False)
+    layers, norms, num_bytes = binary_layers(net), _norms(net), float_bytes(net)
+    shapes = _packed_shapes(float_state, layers)
+    if any(name.endswith(".running_mean") for name in tensors):  # a network, or a file of version 1
+        _check_shapes(source, shapes, tensors)
+        tensors = _folded(net, norms, tensors)
+    _check_shapes(source, _folded_shapes(shapes, norms), tensors)
+    kept = float_state.keys() & shapes.keys() - {f"{path}.{name}" for path in layers for name in _REPLACED}
+    net.load_state_dict({name: tensors[name] for name in kept if name in tensors}, strict=False)
     for path, layer in layers.items():
         mask = packed_file.decode_mask(tensors[f"{path}.weight_bits"], layer.weight.shape)
         alpha, beta = (tensors[f"{path}.{name}"].float() for name in ("alpha", "beta"))
         form = PackedConv2d if layer.binary_input else _two_valued_conv
         net.set_submodule(path, form(layer, mask, alpha, beta))
+    for path, (_, is_sign) in norms.items():
+        net.set_submodule(path, _packed_norm(path, tensors, is_sign=is_sign))
     net.eval().requires_grad_(False)
-    float_bytes = FLOAT_BYTES * sum(tensor.numel() for tensor in float_state.values())
-    return PackedModel(net, net.spec, tensors, float_bytes, classes, normalization)
+    return PackedModel(net, net.spec, tensors, num_bytes, classes, normalization)
 
 
 def _build(source: str, spec: Mapping[str, Any]) -> Network:
@@ -244,10 +269,52 @@ def _packed_shapes(float_state: Mapping[str, Tensor], layers: Mapping[str, Binar
     """Return the shape of every tensor that the packed form of a network has."""
     shapes = {name: tuple(tensor.shape) for name, tensor in float_state.items()}
     for path, layer in layers.items():
-        del shapes[f"{path}.weight"]
+        for name in _REPLACED:
+            shapes.pop(f"{path}.{name}", None)
         shapes[f"{path}.weight_bits"] = (-(-layer.weight.numel() // 8),)
         shapes[f"{path}.alpha"] = shapes[f"{path}.beta"] = (layer.out_channels,)
     return shapes
+
+
+def _norms(net: nn.Module) -> dict[str, tuple[nn.BatchNorm2d, bool]]:
+    """Return every BN by its path, and whether nothing but its sign is read."""
+    signs = sign_norms(net)
+    return {path: (m, path in signs) for path, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
+
+
+def _folded(
+    net: nn.Module, norms: Mapping[str, tuple[nn.BatchNorm2d, bool]], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors of a network with each BN as a packed file keeps it."""
+    state = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in norms}
+    net.load_state_dict(state, strict=False)
+    folded = {name: tensor for name, tensor in tensors.items() if name not in state}
+    for path, (norm, is_sign) in norms.items():
+        if is_sign:
+            folded[f"{path}.threshold"], falls = find_threshold(norm)
+            folded[f"{path}.falls_bits"] = packed_file.encode_mask(falls.view(-1, 1, 1, 1))
+        else:
+            folded[f"{path}.scale"], folded[f"{path}.shift"] = fold(norm)
+    return folded
+
+
+def _folded_shapes(
+    shapes: Mapping[str, tuple[int, ...]], norms: Mapping[str, tuple[nn.BatchNorm2d, bool]]
+) -> dict[str, tuple[int, ...]]:
+    folded = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in norms}
+    for path, (norm, is_sign) in norms.items():
+        channels = norm.num_features
+        folded[f"{path}.threshold" if is_sign else f"{path}.scale"] = (channels,)
+        folded[f"{path}.falls_bits" if is_sign else f"{path}.shift"] = (-(-channels // 8) if is_sign else channels,)
+    return folded
+
+
+def _packed_norm(path: str, tensors: Mapping[str, Tensor], *, is_sign: bool) -> nn.Module:
+    if not is_sign:
+        return unfold(tensors[f"{path}.scale"].float(), tensors[f"{path}.shift"].float())
+    threshold = tensors[f"{path}.threshold"].float()
+    falls = packed_file.decode_mask(tensors[f"{path}.falls_bits"], torch.Size((len(threshold), 1, 1, 1)))
+    return SignThreshold(threshold, falls.view(-1))
 
 
 def _check_shapes(source: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
@@ -268,7 +335,7 @@ def _two_valued_conv(layer: BinaryConv2d, mask: Tensor, alpha: Tensor, beta: Ten
 
 
 def _to_half(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or name.endswith(_NEVER_HALF):
         return tensor
     half = tensor.half()
     if not torch.equal(half.isfinite(), tensor.isfinite()):

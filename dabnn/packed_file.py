@@ -2,7 +2,9 @@
 
 Of a layer with binary weights (F, C, kh, kw) the file holds `PATH.weight_bits`, uint8: its F * C * kh * kw mask bits
 without gaps, in the order [F, kh, kw, C], least significant bit first, filled up with zeros to a whole byte; and
-`PATH.alpha`, `PATH.beta`, one value a filter. Every other tensor stands under its name in the network's state.
+`PATH.alpha`, `PATH.beta`, one value a filter. Of a batch normalisation it holds `PATH.scale` and `PATH.shift`, or,
+where a sign follows, `PATH.threshold`, one value a channel, and `PATH.falls_bits`, the bits of the channels whose sign
+is +1 below it (`dabnn.models.folding`). Every other tensor stands under its name in the network's state.
 Nothing that can be derived is stored, and nothing in the file can run code. Left out: what the tensors are for
 (`dabnn.packed`).
 """
@@ -24,7 +26,8 @@ from torch import Tensor
 from dabnn.errors import DabError, InvalidInputError
 
 FORMAT = "dab-packed"
-VERSION = 1
+# Version 1 kept the four vectors of each batch normalisation, which this reader folds.
+VERSION = 2
 # What a reader must agree on to understand the bits; another value is refused rather than misread.
 MEANING = {
     "bit_order": "least significant bit first",
@@ -59,7 +62,8 @@ def decode_mask(bits: Tensor, shape: torch.Size) -> Tensor:
     filters, channels, height, width = shape
     flat = np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little")
     ordered = torch.from_numpy(flat.astype(bool)).view(filters, height, width, channels)
-    return ordered.permute(0, 3, 1, 2).contiguous()
+    # Not contiguous(), which keeps the strides of a 1x1 kernel: torch would sum in the order of channels_last.
+    return ordered.permute(0, 3, 1, 2).reshape(-1).view(shape)
 
 
 def write(path: Path, content: Content) -> int:
@@ -144,9 +148,9 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
             "Give a file that dab export wrote."
         )
     version = metadata.get("version", "")
-    if version != str(VERSION):
+    if version not in map(str, range(1, VERSION + 1)):
         raise InvalidInputError(
-            f"{path}: a packed model of format version {version!r}, and this dab reads version {VERSION}. "
+            f"{path}: a packed model of format version {version!r}, and this dab reads versions 1 to {VERSION}. "
             "Update dab, or export the model again with this one."
         )
     for key, meaning in MEANING.items():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dabnn.activations import input_code
 from dabnn.errors import InvalidInputError
 from dabnn.layers import BinaryConv2d
 from dabnn.models import Network
@@ -27,6 +28,8 @@ MAX_TOP1_DIFFERENCE = 0.2
 _UNIT = 2.0**-24
 # alpha - beta, two products and a sum, and the bias: the epilogue after two exact integer sums.
 _EPILOGUE_OPS = 5
+# A product with the scale of the inputs, one with their offset, and the sum.
+_SCALED_INPUT_OPS = 3
 
 
 class Labelled(Protocol):
@@ -187,8 +190,8 @@ def _comparing_layers(net: Network, packed: PackedModel, tally: _Tally) -> Itera
         if layer.weight_quantizer is not None:
             handles.append(layer.register_forward_hook(_output_check(path, twin, packed.is_half, tally)))
         if layer.binary_input:
-            handles.append(layer.register_forward_pre_hook(_sign_keeper(path, own_signs)))
-            handles.append(twin.register_forward_pre_hook(_flip_counter(path, own_signs, tally)))
+            handles.append(layer.register_forward_pre_hook(_sign_keeper(path, layer, own_signs)))
+            handles.append(twin.register_forward_pre_hook(_flip_counter(path, layer, own_signs, tally)))
     try:
         yield
     finally:
@@ -206,18 +209,26 @@ def _output_check(
     return check
 
 
-def _sign_keeper(path: str, own_signs: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Tensor]], None]:
+def _sign_keeper(
+    path: str, layer: BinaryConv2d, own_signs: dict[str, Tensor]
+) -> Callable[[nn.Module, tuple[Tensor]], None]:
     def keep(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        own_signs[path] = inputs[0] >= 0
+        own_signs[path] = _signs(layer, inputs[0])
 
     return keep
 
 
-def _flip_counter(path: str, own_signs: dict[str, Tensor], tally: _Tally) -> Callable[[nn.Module, tuple[Tensor]], None]:
+def _flip_counter(
+    path: str, layer: BinaryConv2d, own_signs: dict[str, Tensor], tally: _Tally
+) -> Callable[[nn.Module, tuple[Tensor]], None]:
     def count(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        tally.flipped_signs += int((own_signs.pop(path) != (inputs[0] >= 0)).sum())
+        tally.flipped_signs += int((own_signs.pop(path) != _signs(layer, inputs[0])).sum())
 
     return count
+
+
+def _signs(layer: BinaryConv2d, x: Tensor) -> Tensor:
+    return input_code(x.float(), layer.options.input_quantizer, layer.input_shift).real >= 0
 
 
 def _rounding_bound(layer: BinaryConv2d, x: Tensor, is_half: bool) -> Tensor:
@@ -231,6 +242,11 @@ def _rounding_bound(layer: BinaryConv2d, x: Tensor, is_half: bool) -> Tensor:
         magnitude = size * ((code.alpha - code.beta).abs() + code.beta.abs())
         stored = _storage_error(code.alpha, is_half) * ones + _storage_error(code.beta, is_half) * (size - ones)
         magnitude, stored = magnitude.view(-1, 1, 1), stored.view(-1, 1, 1)
+        inputs = input_code(x.float(), layer.options.input_quantizer, layer.input_shift)
+        if inputs.scale is not None and inputs.offset is not None:
+            num_operations += _SCALED_INPUT_OPS
+            largest = inputs.scale.abs() + inputs.offset.abs()
+            magnitude, stored = largest * magnitude, largest * stored
     else:
         num_operations = size + 1
         magnitude = _convolve(layer, x.abs(), code.dense().abs())

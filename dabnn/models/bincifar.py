@@ -33,9 +33,7 @@ def _stages(b: Blocks) -> Stages:
     ]
     stages: Stages = {}
     for index, conv in enumerate(convs, start=1):
-        stages |= b.unit(index, conv, norm_first=index > 1)
-        if index in (2, 4, 6):
-            stages[f"pool{index}"] = nn.MaxPool2d(2)
+        stages |= b.unit(index, conv, norm_first=index > 1, pool=nn.MaxPool2d(2) if index in (2, 4, 6) else None)
         if index in (4, 6):
             stages[f"dropout{index}"] = nn.Dropout2d(0.4)
     if b.variant.kind is Kind.FLOAT:

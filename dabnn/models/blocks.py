@@ -7,10 +7,12 @@ Two block orders, by whether a convolution of the variant takes sign inputs:
 - bireal: real input as above; sign input sign, conv, BN, + what went into the sign, activation (Bi-Real Net,
   arXiv 1808.00278). Where the convolution changes the shape, the shortcut averages over positions and repeats or cuts
   channels, without parameters. Since no BN stands before the sign, a ReLU there would leave only +1: it is left out,
-  as in that paper, unless the activation is an RPReLU (ReActNet, arXiv 2003.03488), which keeps negative numbers.
+  as in that paper, unless the activation is an RPReLU (ReActNet, arXiv 2003.03488), which keeps negative numbers. For
+  the same reason a max-pool between a convolution and a sign goes before the BN.
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,39 +98,46 @@ class Blocks:
         norm: bool = True,
         norm_first: bool = False,
         eps: float = 1e-5,
+        pool: nn.MaxPool2d | None = None,
         close: bool = True,
     ) -> Stages:
         """Return the next convolution with its normalisation, shortcut and activation, in the variant's order.
 
         Args:
-            suffix: what follows conv, bn, add and relu in the names of the stages.
+            suffix: what follows conv, bn, add, relu and pool in the names of the stages.
             conv: the convolution.
             norm: whether there is a BN if the input is real; with a sign input there always is.
             norm_first: in reference order, whether the BN of a real input stands before the convolution, too.
             eps: of the BN.
+            pool: what follows.
             close: whether shortcut and activation follow; False leaves them to a family that has its own shortcuts.
         """
         self._num_convs += 1
         has_sign = self._num_convs in self.variant.signs
         has_shortcut = has_sign and self.is_bireal
         name, bn = f"conv{suffix}", f"bn{suffix}"
+        pools: Stages = {} if pool is None else {f"pool{suffix}": pool}
+        early = pools if self._goes_unactivated() else {}
         if (has_sign or norm_first) and not has_shortcut:
             stages: Stages = {bn: nn.BatchNorm2d(conv.in_channels, eps), name: conv}
         else:
-            stages = {name: conv} | ({bn: nn.BatchNorm2d(conv.out_channels, eps)} if norm or has_sign else {})
+            norms: Stages = {bn: nn.BatchNorm2d(conv.out_channels, eps)} if norm or has_sign else {}
+            stages = {name: conv} | early | norms
         if not close:
             return stages
         if has_shortcut:
-            stages[f"add{suffix}"] = Shortcut(name, free_shortcut(conv))
-        return stages | self.act(suffix, conv.out_channels)
+            stages[f"add{suffix}"] = Shortcut(name, free_shortcut(conv) | _averages(early))
+        return stages | self.act(suffix, conv.out_channels) | pools
 
     def act(self, suffix: object, num_channels: int) -> Stages:
         """Return the activation before the next convolution; nothing where a ReLU would make its signs constant."""
         if self.activation == "rprelu":
             return {f"rprelu{suffix}": RPReLU(num_channels)}
-        if self.is_bireal and self._num_convs + 1 in self.variant.signs:
-            return {}
-        return {f"relu{suffix}": nn.ReLU()}
+        return {} if self._goes_unactivated() else {f"relu{suffix}": nn.ReLU()}
+
+    def _goes_unactivated(self) -> bool:
+        """Return whether the last convolution's output goes to a sign with no BN before it."""
+        return self.is_bireal and self._num_convs + 1 in self.variant.signs
 
 
 def free_shortcut(conv: nn.Conv2d) -> Stages:
@@ -147,3 +156,9 @@ def free_shortcut(conv: nn.Conv2d) -> Stages:
     if conv.in_channels != conv.out_channels:
         stages["repeat"] = RepeatChannels(conv.out_channels)
     return stages
+
+
+def _averages(pools: Stages) -> Stages:
+    """Return average pools in place of max-pools, which would move a shortcut to one side of zero."""
+    pairs = ((name, cast(nn.MaxPool2d, pool)) for name, pool in pools.items())
+    return {name: nn.AvgPool2d(pool.kernel_size, pool.stride, pool.padding) for name, pool in pairs}

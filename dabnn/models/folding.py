@@ -1,11 +1,12 @@
 """Batch normalisation as a packed model keeps it: a threshold where only its sign is read, else a scale and a shift.
 
-In evaluation BN is s x + t with s = weight / sqrt(var + eps) and t = bias - mean s, a channel. Folded so, two numbers a
-channel replace four, and the result is the same bit for bit where torch computes it in that order (CPU). Before a
-sign one number and a direction do: sign(s x + t) is monotone in x, so there is a least float32 x from where it is +1
-(s > 0) or -1 (s < 0). It is found by bisection on the BN itself, so that its rounding is part of the answer.
+In evaluation BN is s x + t with s = weight / sqrt(var + eps) and t = bias - mean s, a channel: two numbers for four.
+Both are read off torch's own BN, so that the folded one gives the same bits on the CPU (a GPU may round otherwise).
+Before a sign one number and a direction do: sign(s x + t) is monotone in x, so there is a least float32 x from where it
+is +1 (s > 0) or -1 (s < 0). It is found by bisection on the BN itself, so that its rounding is part of the answer.
 """
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import cast
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from dabnn.layers import BinaryConv2d
 from dabnn.models.blocks import Chain, Shortcut
 
-# Like a map of more than one position, for which torch's evaluation takes the path of whole images.
+# Positions a channel, since torch's evaluation of single ones takes another path.
 _MAP = (4, 4)
 
 
@@ -64,12 +65,12 @@ def _reads_sign(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return scale and shift (C,) float32 of a BN in evaluation."""
-    _, variance = _statistics(norm)
-    scale = (variance.float() + norm.eps).sqrt().reciprocal()
-    if norm.weight is not None:
-        scale = scale * norm.weight.float()
-    return scale, _evaluation(norm)(torch.zeros_like(scale))
+    """Return scale and shift (C,) float32 of a BN in evaluation, as torch itself rounds them."""
+    unshifted = copy.deepcopy(norm)
+    unshifted.running_mean = torch.zeros_like(_statistics(norm)[0])
+    unshifted.bias = None  # type: ignore[assignment] # torch declares it as never None, and has it None without affine
+    ones = torch.ones_like(_statistics(norm)[0])
+    return _evaluation(unshifted)(ones), _evaluation(norm)(torch.zeros_like(ones))
 
 
 def unfold(scale: Tensor, shift: Tensor) -> nn.BatchNorm2d:
@@ -106,7 +107,8 @@ def _evaluation(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
 
     def evaluate(x: Tensor) -> Tensor:
         images = x.view(1, -1, 1, 1).expand(1, -1, *_MAP).contiguous()
-        return F.batch_norm(images, mean, variance, norm.weight, norm.bias, training=False, eps=norm.eps)[0, :, 0, 0]
+        out = F.batch_norm(images, mean, variance, norm.weight, norm.bias, training=False, eps=norm.eps)
+        return out[0, :, 0, 0].clone()
 
     return evaluate
 

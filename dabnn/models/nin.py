@@ -24,8 +24,7 @@ def _stages(b: Blocks) -> Stages:
     stages: Stages = {
         **b.unit(1, nn.Conv2d(b.shape.in_channels, c, 5, padding=2), eps=_EPS),
         **b.unit(2, nn.Conv2d(c, c2, 1), eps=_EPS),
-        **b.unit(3, nn.Conv2d(c2, c3, 1), eps=_EPS),
-        "pool3": nn.MaxPool2d(3, stride=2, padding=1),
+        **b.unit(3, nn.Conv2d(c2, c3, 1), eps=_EPS, pool=nn.MaxPool2d(3, stride=2, padding=1)),
         "dropout3": nn.Dropout(0.5),
         **b.unit(4, nn.Conv2d(c3, c, 5, padding=2), eps=_EPS),
         **b.unit(5, nn.Conv2d(c, c, 1), eps=_EPS),

@@ -1,5 +1,6 @@
 """What a model costs: its layers numbered as plans count them, operations, and bytes as float and as packed file."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,14 @@ from torch import Tensor, nn
 
 from dabnn.layers import BinaryConv2d
 from dabnn.models.blocks import Chain
+from dabnn.models.folding import sign_norms
 from dabnn.models.network import ModelSpec, Network
-from dabnn.models.zoo import find, real_stages
+from dabnn.models.zoo import build, find, real_stages
 from dabnn.plans import numbered_convs
 
 FLOAT_BYTES = 4
 SCALAR_BYTES_PER_FILTER = 2 * FLOAT_BYTES
+WORD_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,13 @@ class LayerRow:
         macs: multiply-accumulates for one image.
         weight_bits: bits a weight takes in the packed file: 1 or 32.
         bit_ops: of the macs, those of one bit with one bit: all where weights and inputs are binary, else 0.
+        float_bytes: weights and bias in float32.
+        packed_bytes: the same in the packed file.
+        xnor_word_ops: operations on packed words for one image with XNOR weights, where weights and inputs are binary,
+            else 0. For an output position with W words a filter, kh kw ceil(C / 32): xor, popcount and add a word and
+            filter, and a product a filter, F (3 W + 1).
+        dab_word_ops: what DAB weights add to that: the sum of the inputs, popcount and add a word, once for all filters
+            of the position, and one multiply-add a filter: 2 W + F.
     """
 
     index: int
@@ -49,6 +59,10 @@ class LayerRow:
     macs: int
     weight_bits: int
     bit_ops: int
+    float_bytes: int
+    packed_bytes: int
+    xnor_word_ops: int
+    dab_word_ops: int
 
 
 @dataclass(frozen=True)
@@ -58,23 +72,28 @@ class ModelTable:
     Attributes:
         name: model name.
         family: architecture that it is a variant of.
-        variant: float, wbin, fbin, hybrid or hybridv2.
+        variant: float, wbin, fbin, hybrid, hybridv2 or hybridv3.
+        block: order of the blocks: reference or bireal.
         input_shape: channels, height, width of an image.
         num_params: number of parameters.
         layers: its convolutions in order.
-        float_bytes: parameters and BN statistics in float32.
-        packed_bytes: tensors of the packed file: a bit a binary weight (padded to whole bytes a filter), two float32
-            scalars a binary filter, everything else in float32.
+        float_bytes: parameters and BN statistics in float32, without what only a quantizer keeps.
+        packed_bytes: tensors of the packed file: a bit a binary weight (whole bytes a layer), two float32 scalars a
+            binary filter, BN folded to two float32 a channel (one and a bit before a sign), all else in float32.
+        dab_extra: word operations that DAB adds to XNOR's, as a share of them, over all layers; None without such
+            layers.
     """
 
     name: str
     family: str
     variant: str
+    block: str
     input_shape: tuple[int, int, int]
     num_params: int
     layers: tuple[LayerRow, ...]
     float_bytes: int
     packed_bytes: int
+    dab_extra: float | None
 
 
 def describe(net: Network) -> ModelTable:
@@ -82,25 +101,42 @@ def describe(net: Network) -> ModelTable:
     spec = net.spec
     family, variant = find(spec.name)
     maps = _output_sizes(spec)
-    convs = numbered_convs(net)
-    float_bytes = FLOAT_BYTES * (_num_elements(net.parameters()) + _num_elements(_float_buffers(net)))
-    saved = sum(saved_bytes(conv) for _, conv in convs.values() if _has_binary_weights(conv))
+    rows = tuple(_row(index, path, conv, maps[index]) for index, (path, conv) in numbered_convs(net).items())
+    xnor = sum(row.xnor_word_ops for row in rows)
     return ModelTable(
         name=spec.name,
         family=family.name,
         variant=variant.kind.value,
+        block=spec.block,
         input_shape=(spec.in_channels, spec.input_size, spec.input_size),
         num_params=_num_elements(net.parameters()),
-        layers=tuple(_row(index, path, conv, maps[index]) for index, (path, conv) in convs.items()),
-        float_bytes=float_bytes,
-        packed_bytes=float_bytes - saved,
+        layers=rows,
+        float_bytes=float_bytes(net),
+        packed_bytes=float_bytes(net) - sum(row.float_bytes - row.packed_bytes for row in rows) - _folded_away(net),
+        dab_extra=sum(row.dab_word_ops for row in rows) / xnor if xnor else None,
     )
+
+
+def outline(name: str, **options: Any) -> ModelTable:
+    """Return the table of the network that `build(name, **options)` would return, without its memory."""
+    with torch.device("meta"):
+        return describe(build(name, **options))
+
+
+def float_bytes(net: nn.Module) -> int:
+    """Return the bytes of parameters and BN statistics in float32, without what only a quantizer keeps."""
+    everything = _num_elements(net.parameters()) + _num_elements(_float_buffers(net))
+    return FLOAT_BYTES * (everything - _num_elements(_quantizer_state(net)))
 
 
 def _row(index: int, path: str, conv: nn.Conv2d, output_size: int) -> LayerRow:
     binary_weights = _has_binary_weights(conv)
     binary_inputs = isinstance(conv, BinaryConv2d) and conv.binary_input
     macs = conv.weight.numel() * output_size
+    filters, channels, height, width = conv.weight.shape
+    has_words = binary_weights and binary_inputs
+    words = height * width * math.ceil(channels / WORD_BITS)
+    layer_bytes = FLOAT_BYTES * (conv.weight.numel() + (0 if conv.bias is None else filters))
     return LayerRow(
         index=index,
         path=path,
@@ -114,7 +150,11 @@ def _row(index: int, path: str, conv: nn.Conv2d, output_size: int) -> LayerRow:
         binary_inputs=binary_inputs,
         macs=macs,
         weight_bits=1 if binary_weights else 8 * FLOAT_BYTES,
-        bit_ops=macs if binary_weights and binary_inputs else 0,
+        bit_ops=macs if has_words else 0,
+        float_bytes=layer_bytes,
+        packed_bytes=layer_bytes - (saved_bytes(conv) if binary_weights else 0),
+        xnor_word_ops=output_size * filters * (3 * words + 1) if has_words else 0,
+        dab_word_ops=output_size * (2 * words * conv.groups + filters) if has_words else 0,
     )
 
 
@@ -127,6 +167,24 @@ def saved_bytes(conv: nn.Conv2d) -> int:
     num_weights = conv.weight.numel()
     packed = -(-num_weights // 8) + SCALAR_BYTES_PER_FILTER * conv.out_channels
     return FLOAT_BYTES * num_weights - packed
+
+
+def _folded_away(net: nn.Module) -> int:
+    """Return the bytes by which folding (`dabnn.models.folding`) makes the BN of a packed file smaller."""
+    signs = sign_norms(net)
+    saved = 0
+    for path, norm in net.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            channels = norm.num_features
+            folded = FLOAT_BYTES * channels + math.ceil(channels / 8) if path in signs else 2 * FLOAT_BYTES * channels
+            saved += FLOAT_BYTES * channels * (4 if norm.affine else 2) - folded
+    return saved
+
+
+def _quantizer_state(net: nn.Module) -> list[Tensor]:
+    """Return what layers keep for their quantizer alone: learned values, starts of searches."""
+    kept = [(m.alpha, m.beta, m.threshold) for m in net.modules() if isinstance(m, BinaryConv2d)]
+    return [tensor for tensors in kept for tensor in tensors if tensor is not None]
 
 
 def _float_buffers(net: nn.Module) -> list[Tensor]:

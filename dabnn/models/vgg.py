@@ -41,10 +41,9 @@ def _vgg_small(b: Blocks) -> Stages:
     channels = b.shape.in_channels
     for number, full in enumerate((128, 128, 256, 256, 512, 512), start=1):
         width = b.shape.channels(full)
-        stages |= b.unit(number, nn.Conv2d(channels, width, 3, padding=1, bias=False))
+        pool = None if number % 2 else nn.MaxPool2d(2)
+        stages |= b.unit(number, nn.Conv2d(channels, width, 3, padding=1, bias=False), pool=pool)
         channels = width
-        if number % 2 == 0:
-            stages[f"pool{number}"] = nn.MaxPool2d(2)
     num_features = channels * (b.shape.input_size // 8) ** 2
     return stages | {"flatten": nn.Flatten(), "fc": nn.Linear(num_features, b.shape.num_classes)}
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from dabnn import packed_file
 from dabnn.errors import DabError, InvalidInputError
-from dabnn.models import build, describe, names
-from dabnn.packed import Normalization, PackedConv2d, binary_layers, load_packed, pack
+from dabnn.models import build
+from dabnn.packed import Normalization, PackedConv2d, load_packed, pack
 
 SMALL = {"num_classes": 7, "width": 0.125, "in_channels": 3, "input_size": 16}
 MODELS = {
@@ -65,23 +65,6 @@ def test_only_layers_with_binary_inputs_run_on_bits():
     assert paths == ["conv3", "conv5"]
 
 
-@pytest.mark.parametrize("name", names())
-def test_a_binary_weight_costs_one_bit_and_a_filter_two_scalars(name, tmp_path):
-    net = build(name, num_classes=7, width=0.125)
-    file_bytes = pack(net).save(tmp_path / "model.dab")
-    layers = binary_layers(net).values()
-    binary = sum(-(-layer.weight.numel() // 8) + 8 * layer.out_channels for layer in layers)
-    real = describe(net).float_bytes - sum(4 * layer.weight.numel() for layer in layers)
-    num_tensors = len(net.state_dict()) + 2 * len(layers)
-    assert binary + real < file_bytes < binary + real + 120 * num_tensors + 1500
-    assert file_bytes == (tmp_path / "model.dab").stat().st_size
-
-
-def test_sketchanetfbin_is_twenty_times_smaller(tmp_path):
-    packed = pack(build("sketchanetfbin", num_classes=250))
-    assert packed.float_bytes / packed.save(tmp_path / "model.dab") >= 20
-
-
 def test_bits_lie_filter_row_column_channel_with_the_lowest_first(saved):
     net = network(name="bincifarfbin")
     with safe_open(saved, "np") as file:
@@ -104,7 +87,7 @@ def test_the_header_says_what_the_bits_mean(saved):
         metadata = file.metadata()
         names_in_file = list(file.keys())
     assert metadata["format"] == "dab-packed"
-    assert metadata["version"] == "1"
+    assert metadata["version"] == "2"
     assert metadata["bit_order"].startswith("least significant")
     assert metadata["layout"].startswith("F,kh,kw,C")
     assert metadata["padding"].startswith("zeros")
@@ -137,8 +120,9 @@ def test_half_precision_rounds_the_scalars_and_keeps_the_bits(tmp_path):
 
 def test_values_beyond_float16_are_refused(tmp_path):
     net = network(name="bincifarfbin")
-    net.bn3.running_var[0] = 1e6
-    with pytest.raises(InvalidInputError, match=r"half: bn3\.running_var reaches 1e\+06"):
+    with torch.no_grad():
+        net.conv8.bias[0] = 1e6
+    with pytest.raises(InvalidInputError, match=r"half: conv8\.bias reaches 1e\+06"):
         pack(net).save(tmp_path / "model.dab", half=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -199,10 +183,10 @@ def test_files_of_another_kind_are_refused(tmp_path):
 
 def test_a_newer_version_is_refused(saved, monkeypatch):
     content = packed_file.read(saved)
-    monkeypatch.setattr(packed_file, "VERSION", 2)
+    monkeypatch.setattr(packed_file, "VERSION", 3)
     packed_file.write(saved, content)
     monkeypatch.undo()
-    with pytest.raises(InvalidInputError, match="format version '2', and this dab reads version 1"):
+    with pytest.raises(InvalidInputError, match="format version '3', and this dab reads versions 1 to 2"):
         load_packed(saved)
 
 
