@@ -123,6 +123,8 @@ def models_show(
     width: Annotated[float, typer.Option(help="Factor on the number of channels of each layer.")] = 1.0,
     input_size: Annotated[int | None, typer.Option(help="Side of the square input, pixels.")] = None,
     in_channels: Annotated[int | None, typer.Option(help="Channels of the images: 1 or 3.")] = None,
+    block: Annotated[str | None, typer.Option(help="Order of the blocks: reference or bireal.")] = None,
+    activation: Annotated[str | None, typer.Option(help="relu or rprelu.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a model's layers and sizes. Layers are numbered as --bin-start and --bin-end count them."""
@@ -134,6 +136,8 @@ def models_show(
         width=width,
         input_size=input_size,
         in_channels=in_channels,
+        block=block,
+        activation=activation,
         bin_start=bin_start,
         bin_end=bin_end,
     )
@@ -309,6 +313,41 @@ def predict(
     from orchestrator import commands
 
     Output(is_json=as_json).result(*commands.predict(file, images))
+
+
+@app.command("sensitivity", epilog="Example: dab sensitivity 3f2a --budget-ops 2e6 -o plan.yaml")
+def sensitivity(
+    run: Run,
+    twin: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Float run of the same model, to measure loss_if_binary in.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Validation images to measure on, at most.")] = 1000,
+    budget_ops: Annotated[
+        float | None, typer.Option(help="Operations of the plan; 64 binary multiply-accumulates are one.")
+    ] = None,
+    budget_bytes: Annotated[int | None, typer.Option(help="Bytes of the packed model, instead.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="PLAN.yaml", help="Write the plan for binarize.plan.")
+    ] = None,
+    uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what each layer of a run costs in accuracy, on the cluster, and propose which to binarize."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    data, text = commands.sensitivity(
+        uri,
+        run,
+        twin=twin,
+        num_images=num_images,
+        budget_ops=budget_ops,
+        budget_bytes=budget_bytes,
+        file=file,
+        say=out.note,
+    )
+    out.result(data, text)
+    out.hint(*commands.after_sensitivity(data))
 
 
 @app.command("ui", epilog="Example: dab ui --port 5000")

@@ -354,7 +354,6 @@ def layer_figures(
         twin: Figures of the float twin; the run's own where it is float; None where there is none.
         twin_hits: The same as `hits` in the float twin.
     """
-
     rows = []
     for index, (path, conv) in numbered_convs(net).items():
         parts, inputs = binary_parts(conv), own.inputs[index]

@@ -2,13 +2,16 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dabnn.errors import DabError, InvalidInputError
+from dabnn.planner import Budget
+from dabnn.run_folder import headline
 from orchestrator import deliver, runs
+from orchestrator import sensitivity as sensitivities
 from orchestrator.cluster import Cluster, cluster_down, cluster_status, ensure_cluster
 from orchestrator.config import load_config, to_dict
 from orchestrator.demo import DemoResult, run_demo
@@ -160,6 +163,40 @@ def predict(file: Path, images: list[Path]) -> View:
     return {"predictions": seen}, "\n".join(lines)
 
 
+def sensitivity(
+    uri: str | None,
+    reference: str,
+    *,
+    twin: str | None,
+    num_images: int,
+    budget_ops: float | None,
+    budget_bytes: int | None,
+    file: Path | None,
+    say: Say,
+) -> View:
+    """Measure what each layer of a run costs, and propose a layer plan, written to `file` if one is given.
+
+    Raises:
+        InvalidInputError: Two budgets.
+    """
+    budget = _budget(budget_ops, budget_bytes)
+    address = tracking_uri(uri, say)
+    found = sensitivities.measure(address, reference, twin=twin, num_images=num_images, say=say, on_wait=patiently(say))
+    plan = sensitivities.proposal(found, budget)
+    if file is not None:
+        sensitivities.save_plan(file, found, plan)
+    data = found | {"plan": asdict(plan), "file": None if file is None else str(file)}
+    return data, _sensitivity_text(data)
+
+
+def after_sensitivity(data: dict[str, Any]) -> list[str]:
+    """Return the command that trains with the plan that was written, or that writes it."""
+    if data["file"] is None:
+        return ["dab", "sensitivity", data["run_id"][:_SHORT_ID], "-o", "plan.yaml"]
+    changes = [f"name={json.dumps(data['name'] + '-plan')}", f"binarize.plan={data['file']}", *data["without"]]
+    return ["dab", "submit", data["config"], *(part for change in changes for part in ("--set", change))]
+
+
 def start_browser(port: int | None, say: Say) -> View:
     """Return the address of the experiment browser, started if it does not run."""
     uri = ensure_tracking(port=port, on_wait=patiently(say))
@@ -216,6 +253,42 @@ def after_demo(data: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def _budget(operations: float | None, num_bytes: int | None) -> Budget | None:
+    if operations is not None and num_bytes is not None:
+        raise InvalidInputError("--budget-bytes: --budget-ops already limits the plan. Give one of them.")
+    if operations is not None:
+        return Budget("operations", operations)
+    return None if num_bytes is None else Budget("packed_bytes", num_bytes)
+
+
+def _sensitivity_text(data: dict[str, Any]) -> str:
+    plan = data["plan"]
+    columns = {
+        "layer": "index", "path": "path", "binary weights": "binary_weights", "binary inputs": "binary_inputs",
+        "input rmse": "input_rmse", "relative": "input_relative_rmse", "1 - x^2": "input_one_minus_square",
+        "weight error": "weight_error", "gain if real": "gain_if_real", "inputs only": "gain_if_real_inputs",
+        "loss if binary": "loss_if_binary", "weights only": "loss_if_binary_weights",
+    }  # fmt: skip
+    rows = [{title: layer[key] for title, key in columns.items()} for layer in data["layers"]]
+    accuracy = (
+        f"{data['name']}: top-1 {data['top1']:.2f} % of {data['num_images']:,} validation images; gains count from "
+        f"{data['top1_reestimated']:.2f} %, with BN statistics of {data['num_bn_batches']} training batches; one image "
+        f"is {100 / data['num_images']:.2f} points"
+    )
+    limit, measure = plan["budget"]["limit"], plan["budget"]["measure"].replace("packed_", "")
+    lines = [
+        accuracy,
+        str(Table.of(rows, list(columns))),
+        f"plan from {plan['based_on']}, at most {limit:,.0f} {measure}",
+        f"  binary weights: {', '.join(plan['binary_weights']) or 'none'}",
+        f"  binary inputs: {', '.join(plan['binary_inputs']) or 'none'}",
+        f"  predicted top-1: {plan['predicted_top1']:.2f} % before any training with the plan",
+        f"  operations: {plan['operations']:,.0f} (this run {plan['own_operations']:,.0f})",
+        f"  packed bytes: {plan['packed_bytes']:,} (this run {plan['own_packed_bytes']:,})",
+    ]
+    return "\n".join(lines)
+
+
 def _follow_to_end(job: Job, cluster: Cluster, *, detach: bool, say: Say) -> View:
     if not detach:
         _follow(job, cluster, say)
@@ -265,11 +338,6 @@ def _status_view(current: RunStatus) -> View:
         "folder": current.folder,
     }
     return asdict(current), "\n".join(f"{key}: {value}" for key, value in lines.items() if value not in ("", None))
-
-
-def headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics that a person is shown: those of the run, without those of single layers."""
-    return {key: value for key, value in metrics.items() if "/" not in key}
 
 
 def _with_trials(records: list[RunRecord]) -> list[RunRecord]:

@@ -152,7 +152,8 @@ def submit_job(job: Job, cluster: Cluster) -> None:
         job.save()
         # First the tag, then the job: whoever asks for the status in between finds a job that is not known yet.
         tracking.set_tags(uri, run_id, {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt)})
-        _hand_over(job, cluster)
+        program = "jobs.sweep" if job.kind == "sweep" else "jobs.train"
+        hand_over(cluster, program, job_id=job.job_id, description=job.to_json(), run_id=run_id, kind=job.kind)
     except BaseException as error:  # an interruption, too: a run without a job would stay queued for ever
         reason = str(error) or type(error).__name__
         tracking.set_tags(uri, run_id, {"dab.message": f"the job could not be submitted: {reason}"})
@@ -160,10 +161,22 @@ def submit_job(job: Job, cluster: Cluster) -> None:
         raise
 
 
-def _hand_over(job: Job, cluster: Cluster) -> None:
-    program = "jobs.sweep" if job.kind == "sweep" else "jobs.train"
+def hand_over(cluster: Cluster, program: str, *, job_id: str, description: str, run_id: str, kind: str) -> None:
+    """Start a program of ours as a Ray job.
+
+    Args:
+        cluster: Where.
+        program: Module that the job runs.
+        job_id: Name of the job, never used before.
+        description: What the program reads from the variable `DAB_JOB`; without a dollar sign, which Ray replaces.
+        run_id: MLflow run that it is about.
+        kind: Shown with the job.
+
+    Raises:
+        DabError: The cluster did not take it.
+    """
     variables = client_env(cluster) | {
-        VARIABLE: job.to_json(),
+        VARIABLE: description,
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "RAY_AIR_NEW_OUTPUT": "0",  # the other form prints its tables whatever the verbosity
         "RAY_COLOR_PREFIX": "0",
@@ -178,9 +191,9 @@ def _hand_over(job: Job, cluster: Cluster) -> None:
     try:
         client.submit_job(
             entrypoint=f"exec {shlex.quote(sys.executable)} -m {program}",
-            submission_id=job.job_id,
+            submission_id=job_id,
             runtime_env={"working_dir": str(snapshot()), "env_vars": variables},
-            metadata={"dab_run_id": job.run_id, "kind": job.kind},
+            metadata={"dab_run_id": run_id, "kind": kind},
         )
     except (OSError, RuntimeError) as error:  # requests' errors are OSErrors, refusals of the Jobs API RuntimeErrors
         raise DabError(f"the Ray cluster: it did not take the job ({error}).") from error
