@@ -78,7 +78,7 @@ def write(folder: Path, text: str) -> Path:
     ("stages", "expected"),
     [
         (changed(1, epoch=3), "train.stages[1].epoch: unknown key; did you mean train.stages[1].epochs?"),
-        (changed(0, optim={"lr": 3}), "train.stages[0].optim.lr: unknown key; did you mean train.stages[0].optim.max_lr"),
+        (changed(0, optim={"lr": 3}), "train.stages[0].optim.lr: unknown key; did you mean train.stages[0].optim"),
         (changed(0, epochs=0), "train.stages[0].epochs: 0 must be at least 1"),
         ([{"name": "a"}], "train.stages[0].epochs: missing (passes over the training split). Add it to the file."),
         (changed(1, name="float"), "train.stages[1].name: 'float' stands there twice"),
