@@ -13,6 +13,7 @@ the undominated (cost, value) pairs. Values are whole images and so there are at
 thousand.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +24,9 @@ from torch import nn
 
 from dabnn.errors import InvalidInputError
 from dabnn.models import LayerRow, ModelSpec, Network, build, describe
-from dabnn.models.table import FLOAT_BYTES, saved_bytes
-from dabnn.plans import LayerPlan, numbered_convs
+from dabnn.models.folding import sign_norms
+from dabnn.models.table import FLOAT_BYTES
+from dabnn.plans import LayerPlan
 from dabnn.sensitivity import LayerFigures
 
 BINARY_MACS_PER_OPERATION = 64
@@ -244,7 +246,10 @@ def plan_cost(spec: ModelSpec, layers: Sequence[LayerFigures], chosen: Sequence[
 
 
 def choice_costs(spec: ModelSpec, groups: Sequence[Sequence[Choice]]) -> list[list[Cost]]:
-    """Return the cost of every choice of every layer, `groups` in the order of their numbers."""
+    """Return the cost of every choice of every layer, `groups` in the order of their numbers.
+
+    The BN of which a layer reads nothing but the sign is smaller in the packed file; what that saves is the layer's.
+    """
     costs: dict[tuple[int, bool, bool], Cost] = {}
     for weights, inputs in {(choice.binary_weights, choice.binary_inputs) for group in groups for choice in group}:
         # One network for all layers that can be so.
@@ -254,9 +259,10 @@ def choice_costs(spec: ModelSpec, groups: Sequence[Sequence[Choice]]) -> list[li
             if any((choice.binary_weights, choice.binary_inputs) == (weights, inputs) for choice in group)
         ]
         net = _shapes(spec, LayerPlan.of(able if weights else [], able if inputs else []))
-        convs = numbered_convs(net)
+        saved = _saved_before_signs(net)
         for row in describe(net).layers:
-            costs[row.index, weights, inputs] = Cost(_operations(row), _bytes(convs[row.index][1], weights))
+            num_bytes = row.packed_bytes - saved.get(row.path, 0)
+            costs[row.index, weights, inputs] = Cost(_operations(row), num_bytes)
     return [
         [costs[index, choice.binary_weights, choice.binary_inputs] for choice in group]
         for index, group in enumerate(groups, start=1)
@@ -274,6 +280,13 @@ def _operations(row: LayerRow) -> int:
     return BINARY_MACS_PER_OPERATION * (row.macs - row.bit_ops) + row.bit_ops
 
 
-def _bytes(conv: nn.Conv2d, has_binary_weights: bool) -> int:
-    whole = FLOAT_BYTES * sum(parameter.numel() for parameter in conv.parameters())
-    return whole - saved_bytes(conv) if has_binary_weights else whole
+def _saved_before_signs(net: Network) -> dict[str, int]:
+    """Return path of a convolution -> bytes that its binary inputs save on the BN before it."""
+    norms, saved = sign_norms(net), {}
+    for path, chain in net.named_modules():
+        for (name, _), (next_name, conv) in itertools.pairwise(chain.named_children()):
+            prefix = f"{path}." if path else ""
+            if f"{prefix}{name}" in norms and isinstance(conv, nn.Conv2d):
+                # Scale and shift of a channel become a threshold and a bit.
+                saved[f"{prefix}{next_name}"] = FLOAT_BYTES * conv.in_channels - math.ceil(conv.in_channels / 8)
+    return saved

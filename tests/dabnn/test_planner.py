@@ -6,9 +6,18 @@ import pytest
 
 from dabnn.errors import InvalidInputError
 from dabnn.models import build, describe
-from dabnn.planner import BINARY_MACS_PER_OPERATION, Budget, Proposal, choose, layer_choices, propose
-from dabnn.plans import LayerPlan
-from dabnn.sensitivity import LayerFigures
+from dabnn.planner import (
+    BINARY_MACS_PER_OPERATION,
+    Budget,
+    Proposal,
+    choice_costs,
+    choose,
+    layer_choices,
+    plan_cost,
+    propose,
+)
+from dabnn.plans import LayerPlan, numbered_convs
+from dabnn.sensitivity import LayerFigures, binary_parts
 
 NUM_IMAGES = 200
 MODEL = {"num_classes": 10, "in_channels": 1, "input_size": 16, "width": 0.0625}
@@ -116,6 +125,28 @@ def test_a_proposal_is_the_best_plan_within_the_budget() -> None:
             best = max(best, gain)
     assert 0 < best < 15
     assert found.predicted_top1 == pytest.approx(50 + best)
+
+
+@pytest.mark.parametrize("name", ["resnetfbin18", "squeezenetfbin", "bireal18", "sketchanetfbin"])
+def test_costs_of_layers_add_up_in_every_family(name: str) -> None:
+    spec = build(name, num_classes=10, width=0.0625).spec
+    net = build(**asdict(spec))
+    rows = [
+        layer(index, path, binary_weights=parts[0], binary_inputs=parts[1], gain_if_real=gain, gain_if_real_inputs=1.0)
+        for index, (path, conv) in numbered_convs(net).items()
+        for parts in [binary_parts(conv)]
+        for gain in [float(index % 3) if any(parts) else None]
+    ]
+    groups = [layer_choices(row, NUM_IMAGES, from_gains=True) for row in rows]
+    costs = choice_costs(spec, groups)
+    own = plan_cost(spec, rows, [group[0] for group in groups])
+    for pick in (-1, 1):
+        chosen = [group[pick] if len(group) > 1 else group[0] for group in groups]
+        found = plan_cost(spec, rows, chosen)
+        changes = [group[pick] for group in costs if len(group) > 1], [group[0] for group in costs if len(group) > 1]
+        for measure in ("operations", "packed_bytes"):
+            after, before = (sum(getattr(cost, measure) for cost in part) for part in changes)
+            assert getattr(found, measure) - getattr(own, measure) == after - before
 
 
 def test_without_a_budget_half_again_the_cheapest_operations_are_allowed() -> None:
