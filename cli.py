@@ -321,7 +321,7 @@ def sensitivity(
     twin: Annotated[
         str | None, typer.Option(metavar="RUN", help="Float run of the same model, to measure loss_if_binary in.")
     ] = None,
-    num_images: Annotated[int, typer.Option(help="Validation images to measure on, at most.")] = 1000,
+    num_images: Annotated[int, typer.Option(min=1, help="Validation images to measure on, at most.")] = 1000,
     budget_ops: Annotated[
         float | None, typer.Option(help="Operations of the plan; 64 binary multiply-accumulates are one.")
     ] = None,

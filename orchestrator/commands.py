@@ -1,6 +1,7 @@
 """What the commands about runs do and show: each function is one command and returns its JSON document and its text."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -177,7 +178,7 @@ def sensitivity(
     """Measure what each layer of a run costs, and propose a layer plan, written to `file` if one is given.
 
     Raises:
-        InvalidInputError: Two budgets.
+        InvalidInputError: Two budgets, or one that is no number of operations.
     """
     budget = _budget(budget_ops, budget_bytes)
     address = tracking_uri(uri, say)
@@ -256,6 +257,8 @@ def after_demo(data: dict[str, Any]) -> list[list[str]]:
 def _budget(operations: float | None, num_bytes: int | None) -> Budget | None:
     if operations is not None and num_bytes is not None:
         raise InvalidInputError("--budget-bytes: --budget-ops already limits the plan. Give one of them.")
+    if operations is not None and not math.isfinite(operations):
+        raise InvalidInputError(f"--budget-ops: {operations} is no number of operations. Use a number such as 2e6.")
     if operations is not None:
         return Budget("operations", operations)
     return None if num_bytes is None else Budget("packed_bytes", num_bytes)

@@ -121,8 +121,6 @@ def measure(
         InvalidInputError: There is no such run or checkpoint, or the twin is none.
         DabError: The job failed.
     """
-    if num_images < 1:
-        raise InvalidInputError(f"--num-images: {num_images} is less than 1, so nothing could be measured.")
     record = best_run(uri, reference)
     request = _request(uri, record, None if twin is None else best_run(uri, twin), num_images)
     found = read_json(Path(request.folder) / FILE)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from program import Dab, finish
+from program import Dab, finish, wait_until
 
 from orchestrator import tracking
 from orchestrator.plan_file import load_plan
@@ -41,8 +41,13 @@ def measured(dab: Dab, digits: Path, tmp_path_factory: pytest.TempPathFactory) -
     config.write_text(CONFIG)
     submit = ["submit", config, "--set", f"data.train={digits}"]
     real = ["--set", "name=twin", "--set", "binarize.plan={weights: [], inputs: []}"]
-    started = [dab.start(*submit), dab.start(*submit, *real)]
-    run_id, twin_id = (finish(process).data["run_id"] for process in started)
+    before = dab.run_ids()
+    started = [dab.start(*submit)]
+    wait_until(lambda: dab.run_ids() - before)
+    started.append(dab.start(*submit, *real))
+    ended = [finish(process) for process in started]
+    assert [done.code for done in ended] == [0, 0], [done.stderr for done in ended]
+    run_id, twin_id = (done.data["run_id"] for done in ended)
     plan = tmp_path_factory.mktemp("plans") / "plan.yaml"
     done = dab("sensitivity", "signs", "--twin", "twin", "--num-images", 200, "-o", plan)
     assert done.code == 0, done.stderr
@@ -95,6 +100,14 @@ def test_another_budget_measures_nothing_again(dab: Dab, measured: Measured) -> 
     assert done.data["plan"]["packed_bytes"] <= limit
     refused = dab("sensitivity", measured.run_id, "--twin", "twin", "--num-images", 200, "--budget-ops", 1)
     assert (refused.code, refused.message.startswith("--budget-ops: 1 operations are too few")) == (2, True)
+
+
+def test_budgets_that_cannot_be_are_refused_before_anything_starts(dab: Dab) -> None:
+    both = dab("sensitivity", "signs", "--budget-ops", 1e6, "--budget-bytes", 1000)
+    assert (both.code, both.message) == (2, "--budget-bytes: --budget-ops already limits the plan. Give one of them.")
+    endless = dab("sensitivity", "signs", "--budget-ops", "inf")
+    assert (endless.code, endless.message.startswith("--budget-ops: inf is no number of operations.")) == (2, True)
+    assert dab("sensitivity", "signs", "--num-images", 0).code == 2
 
 
 def test_a_twin_that_is_none_is_refused(dab: Dab, measured: Measured) -> None:
