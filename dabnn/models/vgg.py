@@ -8,8 +8,7 @@
   inputs (BN, Sign, conv, ReLU); the first convolution and the linear layer are real.
 
 Departures from the reference: any number of classes (it had 10 always); larger images are averaged over positions
-before the linear layer, where it failed; the output is logits in a program that trains on them (its only loss took log
-probabilities, of which it got none).
+before the linear layer, where it failed. Its output was logits, too, but its only loss took log-probabilities.
 """
 
 from torch import nn
