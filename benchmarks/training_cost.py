@@ -83,25 +83,31 @@ def refuse_if_wrong(name: str, trainee: Trainee, num_steps: int = 4) -> None:
 def compare(
     trainees: Mapping[str, Trainee], turns: int, synchronize: Callable[[], object] = lambda: None
 ) -> list[dict[str, Any]]:
-    """Returns a row for each network: median step in milliseconds, median ratio to the peer, and its quartiles."""
-    times: dict[str, list[float]] = {name: [] for name in trainees}
+    """Returns a row for each network: medians of the step and of its ratio to the peer, in time and processor time.
+
+    `ratio_low` and `ratio_high` are the quartiles of `ratio`; `cpu_ratio` counts the processor time of this process,
+    which other programs on the machine disturb less.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in trainees}
     for _ in range(turns):
         for name, trainee in trainees.items():
             synchronize()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             trainee.step()
             synchronize()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append((time.perf_counter() - start, time.process_time() - cpu_start))
     rows = []
     for name, own in times.items():
-        ratios = sorted(mine / peer for mine, peer in zip(own, times[PEER], strict=True))
+        pairs = list(zip(own, times[PEER], strict=True))
+        ratios = sorted(mine[0] / peer[0] for mine, peer in pairs)
         rows.append(
             {
                 "weights": name,
-                "step_ms": median(own),
+                "step_ms": 1e3 * median(seconds for seconds, _ in own),
                 "ratio": median(ratios),
                 "ratio_low": ratios[len(ratios) // 4],
                 "ratio_high": ratios[-1 - len(ratios) // 4],
+                "cpu_ratio": median(mine[1] / peer[1] for mine, peer in pairs),
             }
         )
     return rows

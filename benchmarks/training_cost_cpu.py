@@ -11,7 +11,7 @@ import torch
 from packed_conv import record
 from training_cost import compare, make_nets, make_trainee, refuse_if_wrong
 
-MODEL, SIZE, BATCH, TURNS = "sketchanetfbin", 225, 64, 7
+MODEL, SIZE, BATCH, TURNS = "sketchanetfbin", 225, 64, 9
 QUANTIZERS = ["dab", "dab_warm", "xnor"]
 
 
