@@ -1,6 +1,6 @@
 """The first images of each class of an image folder, by name: a subset that everybody gets alike.
 
-    python benchmarks/subset.py SOURCE DESTINATION --train 500 --val 200
+python benchmarks/subset.py SOURCE DESTINATION --train 500 --val 200
 """
 
 import argparse

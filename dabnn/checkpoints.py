@@ -16,12 +16,13 @@ import os
 import pickle
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import write_json
@@ -153,6 +154,15 @@ def load_state(path: str | Path) -> dict[str, Any]:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise InvalidInputError(f"{path}: no readable checkpoint ({error}).") from error
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """Return the checksum of all parameters and buffers of a network, in the order of its state dictionary."""
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class CheckpointWriter:

@@ -15,12 +15,11 @@ clusters and trackers: see `jobs.train`.
 
 import argparse
 import contextlib
-import hashlib
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,10 +27,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dabnn.agreement import is_agreed
-from dabnn.checkpoints import Checkpoint, CheckpointWriter, Moment, load_state, restore_point, stage_end
+from dabnn.checkpoints import Checkpoint, CheckpointWriter, Moment, load_state, restore_point, stage_end, weights_sha256
 from dabnn.data import Batch, Stream, load_manifest
 from dabnn.diagnose import Place, not_finite_parameter
 from dabnn.distributed import COLLECTIVE_TIMEOUT_S, World, deterministic, seed_step
@@ -220,7 +218,8 @@ class _Loop:
         reason = self._together(self.writer.wait) or self._together(begin)
         if not reason:
             self.learner.connect()
-            _log.info("stage %d of %d: %s", self.position.stage + 1, len(self.spec.parts), self.stage.name)
+            if self.world.is_main:
+                _log.info("stage %d of %d: %s", self.position.stage + 1, len(self.spec.parts), self.stage.name)
         return reason
 
     def _make_learner(self) -> Learner:
@@ -453,15 +452,6 @@ class _Loop:
         digest = self.world.share(weights_sha256(self.learner.evaluated()) if self.world.is_main else "")
         position = self.position
         return TrainResult(status, message, position.epoch, position.step, dict(self.metrics), digest)
-
-
-def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """Return the checksum of all parameters and buffers of a network, in the order of its state dictionary."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def main() -> None:

@@ -31,15 +31,19 @@ from dabnn.run_folder import RunFolder
 from dabnn.spec import TrainSpec
 from dabnn.train import train
 
-dist.init_process_group("gloo")
-world = World.current()
 passes = 0
 """
+# A function: a group that is still referred to when Python ends can abort the process.
 END = """
-if world.rank == 1:
-    torch.nn.modules.module.register_module_forward_pre_hook(alter)
-result = train(TrainSpec.from_file(Path(sys.argv[1])), RunFolder(Path(sys.argv[2])), world=world)
-Path(sys.argv[2], f"rank-{world.rank}.json").write_text(json.dumps([result.status, result.message]))
+def run(spec, folder):
+    world = World.current()
+    if world.rank == 1:
+        torch.nn.modules.module.register_module_forward_pre_hook(alter)
+    result = train(TrainSpec.from_file(Path(spec)), RunFolder(Path(folder)), world=world)
+    Path(folder, f"rank-{world.rank}.json").write_text(json.dumps([result.status, result.message]))
+
+dist.init_process_group("gloo")
+run(sys.argv[1], sys.argv[2])
 dist.destroy_process_group()
 """
 # On rank 1 a hook of torch's own alters one weight of one layer in step 6; two passes before settle DDP.
