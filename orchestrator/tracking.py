@@ -248,10 +248,11 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
         try:
             # Without this tag the browser opens in its mode for language models.
             return str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
+        except MlflowException:
+            # Of two programs at once the later hears that it exists, or of a constraint of the server's database.
             experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
     if experiment is None or experiment.lifecycle_stage != "active":
         raise InvalidInputError(
             f"tracking.experiment: {name!r} was deleted in MLflow; restore it there or use another."
