@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from dabnn.errors import InvalidInputError
@@ -31,7 +30,7 @@ from orchestrator.config_sections import (
     Tracking,
     Train,
 )
-from orchestrator.config_source import assign, parse_override, read_mapping
+from orchestrator.config_source import assign, parse_override, read_mapping, yaml_text
 
 # The keys of binarize that say which weights are binary: a stage that writes one group replaces the other two.
 _WEIGHT_CHOICES = (("bin_start", "bin_end"), ("layers",), ("plan",))
@@ -189,7 +188,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return `config` as YAML text that `load_config` reads back to an equal configuration."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml_text(to_dict(config))
 
 
 def config_schema() -> dict[str, Any]:

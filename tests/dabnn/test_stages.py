@@ -93,7 +93,7 @@ def test_two_ranks_killed_within_a_later_stage_end_with_the_same_weights(small_d
         few_digits(small_digits, num_workers=2), ("float", FLOAT, LossSpec()), ("both", {}, recipe), epochs=1
     )
     spec = replace(spec, checkpoint=policy, ema_decay=0.9, sync_bn=True)
-    spec = replace(spec, stages=(spec.stages[0], replace(spec.stages[1], epochs=8)), epochs=9)
+    spec = replace(spec, stages=(spec.stages[0], replace(spec.stages[1], epochs=4)), epochs=5)
     whole = torchrun(spec, tmp_path / "whole", 2)
     kill_in_mid_epoch(spec, tmp_path / "killed", 2)
     resumed = torchrun(spec, tmp_path / "killed", 2)
