@@ -33,7 +33,7 @@ class Trainee:
         optimizer: Adam on all parameters.
         images: (N, C, H, W) random.
         labels: (N,) random.
-        autocast: Device type for bfloat16, or None for float32.
+        autocast: Whether the forward pass runs in bfloat16.
     """
 
     net: nn.Module
@@ -41,12 +41,11 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     images: Tensor
     labels: Tensor
-    autocast: str | None = None
+    autocast: bool = False
 
     def step(self) -> Tensor:
         """Takes one optimizer step on the one batch and returns its loss."""
-        device = self.images.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.autocast is not None):
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.autocast):
             loss = F.cross_entropy(self.forward(self.images).float(), self.labels)
         self.optimizer.zero_grad()
         loss.backward()
@@ -54,16 +53,16 @@ class Trainee:
         return loss.detach()
 
 
-def make_nets(name: str, quantizers: list[str], **options: Any) -> dict[str, nn.Module]:
+def make_nets(name: str, quantizers: list[str]) -> dict[str, nn.Module]:
     """Returns the float peer and one network for each quantizer, all from the same seed."""
     nothing: dict[str, list[int]] = {"binary_weights": [], "binary_inputs": []}
     nets: dict[str, nn.Module] = {PEER: build(name, num_classes=NUM_CLASSES, plan=nothing, seed=1)}
     for weights in quantizers:
-        nets[weights] = build(name, num_classes=NUM_CLASSES, weights=weights, seed=1, **options)
+        nets[weights] = build(name, num_classes=NUM_CLASSES, weights=weights, seed=1)
     return nets
 
 
-def make_trainee(net: nn.Module, images: Tensor, *, compiled: bool = False, autocast: str | None = None) -> Trainee:
+def make_trainee(net: nn.Module, images: Tensor, *, compiled: bool = False, autocast: bool = False) -> Trainee:
     """Returns a network ready to train on random labels, with a learning rate that one batch survives."""
     labels = torch.arange(len(images), device=images.device) % NUM_CLASSES
     forward = torch.compile(net) if compiled else net

@@ -15,6 +15,7 @@ clusters and trackers: see `jobs.train`.
 
 import argparse
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -479,6 +480,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from error
     finally:
         if dist.is_initialized():
+            gc.collect()  # DDP refers to the group in cycles; gloo threads that live on abort Python's exit at times
             dist.destroy_process_group()
     _log.info("%s: epoch %d, step %d, %s", result.status, result.epoch, result.step, headline(result.metrics))
     if result.status == "failed":

@@ -21,7 +21,7 @@ from dabnn.spec import OptimSpec, TrainSpec
 from dabnn.train import train
 
 BEGINNING = """
-import json, sys
+import gc, json, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from dabnn.train import train
 
 passes = 0
 """
-# A function: a group that is still referred to when Python ends can abort the process.
+# As `dabnn.train` ends: gloo threads of a group that is still referred to abort Python's exit at times.
 END = """
 def run(spec, folder):
     world = World.current()
@@ -44,6 +44,7 @@ def run(spec, folder):
 
 dist.init_process_group("gloo")
 run(sys.argv[1], sys.argv[2])
+gc.collect()
 dist.destroy_process_group()
 """
 # On rank 1 a hook of torch's own alters one weight of one layer in step 6; two passes before settle DDP.
