@@ -133,7 +133,7 @@ def split(weight: Tensor, method: str) -> Split:
     It serves the training step: no mask, no error figure, and no wait for an accelerator.
 
     Raises:
-        InvalidInputError: for an unknown method, or a weight on the CPU that holds NaN or infinity.
+        InvalidInputError: for an unknown method, or a weight on the CPU, not compiled, that holds NaN or infinity.
     """
     check_method(method)
     with torch.no_grad():
@@ -226,9 +226,14 @@ def check_weight(weight: Tensor) -> None:
 
 
 def _checked(parts: Split) -> Split:
-    """Return the parts, refused on the CPU unless finite; elsewhere the look would wait for the device every step."""
+    """Return the parts, refused on the CPU unless finite.
+
+    On an accelerator the look would wait for the device every step, and in a compiled network it would break the graph
+    at every layer.
+    """
     _, alpha, beta = parts
-    if alpha.device.type == "cpu" and not bool((torch.isfinite(alpha) & torch.isfinite(beta)).all()):
+    looks = alpha.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and not bool((torch.isfinite(alpha) & torch.isfinite(beta)).all()):
         raise InvalidInputError(
             "weight: holds NaN or infinite values; no threshold separates them, so look for a diverged step."
         )
