@@ -65,6 +65,8 @@ def sign(x: Tensor) -> Tensor:
 
     sign(0) = sign(-0.0) = +1, and NaN counts as -1, as in `kernels.pack_signs`.
     """
+    if torch.compiler.is_compiling():  # it fuses these, and takes no `out` that is channels-last
+        return (x.detach() >= 0).to(x.dtype) * 2 - 1
     # Compared straight into x's dtype, one pass; a bool tensor in between costs two more.
     is_upper = torch.ge(x.detach(), 0, out=torch.empty_like(x))
     return is_upper.mul_(2).sub_(1)

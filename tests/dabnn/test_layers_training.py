@@ -257,6 +257,21 @@ def test_training_in_bfloat16_keeps_latent_weights_and_their_code_in_float32(wei
         assert torch.equal(ours, expected)
 
 
+# torch's compiler makes an instance of the autograd functions that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("weights", ["dab", "dab_warm", "dab_learned", "adabin"])
+def test_a_compiled_layer_is_one_graph_with_the_same_values_and_gradients(weights: str) -> None:
+    layer = make_layer(weights, binary_input=True).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(layer)
+    x = images().to(memory_format=torch.channels_last)
+    found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    expected = plain(x)
+    for y in (found, expected):
+        y.square().sum().backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
