@@ -15,12 +15,36 @@ from dabnn.schedules import Schedule
 
 
 @dataclass(frozen=True)
+class AugmentSpec:
+    """What is done to training images besides the transform, see `dabnn.data.augment` and `dabnn.data.mixing`.
+
+    Attributes:
+        randaugment_ops: Operations of RandAugment on each image; 0 for none.
+        randaugment_magnitude: Their strength, 0 to 30.
+        erasing: Probability that a rectangle of an image is erased.
+        mixup: Parameter of the Beta distribution that two images are mixed with; 0 for none.
+        cutmix: The same for a rectangle of one image put into another; 0 for none.
+    """
+
+    randaugment_ops: int = 0
+    randaugment_magnitude: int = 9
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    @property
+    def is_mixing(self) -> bool:
+        """Whether a sample is mixed with a partner."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True)
 class DataSpec:
     """Where samples come from and how they become batches.
 
     Attributes:
-        train: Folder with `manifest.json` whose split `train` is learned from.
-        val: Folder with `manifest.json` whose split `val` is evaluated.
+        train: Folder or URL with `manifest.json` whose split `train` is learned from.
+        val: Folder or URL with `manifest.json` whose split `val` is evaluated.
         batch_size: Samples of one optimizer step over all workers.
         eval_batch_size: Samples of one evaluation batch on one worker.
         num_loaders: Loader processes a worker; 0 loads in the worker itself.
@@ -29,6 +53,13 @@ class DataSpec:
         ten_crop: Evaluate the mean of ten crops, see `dabnn.evaluate`.
         mean: What is subtracted from each channel, see `dabnn.data.transforms.normalization_for`; None: the data's own.
         std: What each channel is divided by; None: the data's own.
+        augment: What else is done to training images.
+        window: Samples of the training split that are mixed with each other, see `dabnn.data.order.epoch_order`.
+        max_bad_fraction: Share of an epoch's samples that may be undecodable before the run fails.
+        cache_folder: Where shards behind a URL are kept; None: `cache/shards` under DAB_HOME.
+        cache_bytes: Most bytes kept there.
+        retry_s: How long a server that does not answer is waited for.
+        decoded_cache_bytes: Most bytes of decoded images that are kept; 0 decodes them again each epoch.
     """
 
     train: str
@@ -41,6 +72,19 @@ class DataSpec:
     ten_crop: bool = False
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    augment: AugmentSpec = field(default_factory=AugmentSpec)
+    window: int = 65536
+    max_bad_fraction: float = 0.0
+    cache_folder: str | None = None
+    cache_bytes: int = 50 * 10**9
+    retry_s: float = 600.0
+    decoded_cache_bytes: int = 0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DataSpec":
+        """Build it from what `dataclasses.asdict` returned."""
+        spec: DataSpec = _from_plain(cls, values)
+        return spec
 
 
 @dataclass(frozen=True)
@@ -232,6 +276,7 @@ class TrainSpec:
 # Field -> the class of its value, or of the entries of its list.
 _NESTED: dict[str, type[Any]] = {
     "data": DataSpec,
+    "augment": AugmentSpec,
     "schedule": Schedule,
     "optim": OptimSpec,
     "checkpoint": CheckpointPolicy,

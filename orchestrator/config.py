@@ -142,7 +142,8 @@ def resolve_paths(config: Config, base: Path | None = None) -> Config:
     train = _absolute(config.data.train, start)
     val = train if config.data.val is None else _absolute(config.data.val, start)
     storage = None if config.storage is None else _absolute(config.storage, start)
-    paths = {"data.train": train, "data.val": val, "storage": storage}
+    cache = None if config.data.cache_folder is None else _absolute(config.data.cache_folder, start)
+    paths = {"data.train": train, "data.val": val, "data.cache_folder": cache, "storage": storage}
 
     def absolute_file(name: str) -> str:
         """A name that is no file stays: it may be that of a run, or is refused when it is looked for."""

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _START, _END = "binarize.bin_start", "binarize.bin_end"
 _MAX_NAME = 100
 _NOT_SEARCHABLE = (
-    "name", "data.train", "data.val", "train.init_from", "train.checkpoint", "train.distill", "train.kurtosis",
+    "name", "data.train", "data.val", "data.cache_folder", "data.cache_gb", "data.retry_s", "data.decoded_cache_gb",
+    "train.init_from", "train.checkpoint", "train.distill", "train.kurtosis",
     "train.stages", "binarize.plan", "cluster", "storage", "tracking", "search",
 )  # fmt: skip
 _WITH_WINDOW = ("clipped", "polynomial", "ede", None)  # null: what the model has, one of these

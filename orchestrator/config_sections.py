@@ -137,6 +137,28 @@ class Binarize(Section):
     )
 
 
+class RandAugment(Section):
+    """Random operations on each training image (arXiv 1909.13719)."""
+
+    num_ops: int = Field(default=2, ge=1, le=14, description="operations in a row on each image")
+    magnitude: int = Field(default=9, ge=0, le=30, description="strength of the operations")
+
+
+class Augment(Section):
+    """What is done to training images besides the transform."""
+
+    randaugment: RandAugment | None = Field(default=None, description="random operations on each image; null: none")
+    erasing: float = Field(
+        default=0.0, ge=0, le=1, description="probability that a rectangle of an image is erased (arXiv 1708.04896)"
+    )
+    mixup: float = Field(
+        default=0.0, ge=0, le=100, description="alpha of the share that two images are mixed with; 0: not mixed"
+    )
+    cutmix: float = Field(
+        default=0.0, ge=0, le=100, description="alpha of the share of a rectangle put into another image; 0: none"
+    )
+
+
 class Data(Section):
     """Samples and batches."""
 
@@ -165,8 +187,32 @@ class Data(Section):
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AS_LIST] | None = Field(
         default=None, description="what each channel is divided by after that; null: the images' standard deviation"
     )
+    augment: Augment = Field(default=Augment(), description="what else is done to training images")
     remainder: Literal["keep", "drop"] = Field(
         default="keep", description="what happens to the last, smaller batch of an epoch"
+    )
+    window: int = Field(
+        default=65536, ge=1, description="training samples that are mixed with each other; shards are always shuffled"
+    )
+    max_bad_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of an epoch's samples that may be undecodable; they are left out and counted as bad_samples",
+    )
+    cache_folder: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder on each machine for shards behind a URL; null: cache/shards under DAB_HOME",
+    )
+    cache_gb: float = Field(default=50.0, gt=0, description="most space of that folder, GB; oldest shards go first")
+    retry_s: float = Field(
+        default=600.0, ge=0, description="seconds that a server which does not answer is waited for before failing"
+    )
+    decoded_cache_gb: float = Field(
+        default=0.0,
+        ge=0,
+        description="most space for decoded images, GB, so that each is decoded once; 0 decodes them again each epoch",
     )
 
 

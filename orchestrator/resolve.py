@@ -17,6 +17,7 @@ from dabnn.models import ModelTable, build, describe
 from dabnn.options import LayerOptions
 from dabnn.schedules import Schedule
 from dabnn.spec import (
+    AugmentSpec,
     CheckpointPolicy,
     DataSpec,
     DistillSpec,
@@ -32,7 +33,7 @@ from orchestrator.config_rules import STAGE_TEACHER
 from orchestrator.plan_file import load_plan
 
 _ADAM_COPIES = 3  # weights and two moments
-_MEGABYTE = 1e6
+_MEGABYTE, _GIGABYTE = 1e6, 1e9
 
 
 def resolve(config: Config, find_run: Callable[[str], str] | None = None) -> Config:
@@ -115,24 +116,13 @@ def manifest_of(config: Config) -> Manifest:
 
 def train_spec(config: Config) -> TrainSpec:
     """Return the specification of the training loop for `config`."""
-    data, train = config.data, config.train
+    train = config.train
     stages = tuple(_stage_spec(name, part) for name, part in parts(config))
     last = stages[-1]
     return TrainSpec(
         seed=config.seed,
         model=last.model,
-        data=DataSpec(
-            train=data.train,
-            val=data.val or data.train,
-            batch_size=data.batch_size,
-            eval_batch_size=data.eval_batch_size,
-            num_loaders=data.num_loaders,
-            transform=data.transform,
-            remainder=data.remainder,
-            ten_crop=data.ten_crop,
-            mean=data.mean,
-            std=data.std,
-        ),
+        data=_data_spec(config),
         schedule=last.schedule,
         optim=last.optim,
         loss=last.loss,
@@ -145,6 +135,21 @@ def train_spec(config: Config) -> TrainSpec:
         num_workers=config.cluster.num_workers,
         checkpoint=CheckpointPolicy(**train.checkpoint.model_dump()),
         init_from=train.init_from,
+    )
+
+
+def _data_spec(config: Config) -> DataSpec:
+    data = config.data
+    values = data.model_dump(exclude={"augment", "cache_gb", "decoded_cache_gb"})
+    augment = data.augment.model_dump(exclude={"randaugment"})
+    if data.augment.randaugment:
+        augment |= {f"randaugment_{key}": value for key, value in data.augment.randaugment.model_dump().items()}
+        augment["randaugment_ops"] = augment.pop("randaugment_num_ops")
+    return DataSpec(
+        **values | {"val": data.val or data.train},
+        augment=AugmentSpec(**augment),
+        cache_bytes=int(data.cache_gb * _GIGABYTE),
+        decoded_cache_bytes=int(data.decoded_cache_gb * _GIGABYTE),
     )
 
 

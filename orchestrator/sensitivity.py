@@ -78,7 +78,7 @@ class Request:
     @property
     def samples(self) -> Samples:
         """The images to measure on."""
-        return Samples(DataSpec(**self.data), self.seed, self.measured.num_images)
+        return Samples(DataSpec.from_dict(self.data), self.seed, self.measured.num_images)
 
     def to_json(self) -> str:
         """Return the text that `from_environment` reads; Ray replaces `$NAME` in variables, so it holds no dollar."""
