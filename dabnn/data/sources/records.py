@@ -1,0 +1,173 @@
+"""What a source of images is, whatever its layout: records in splits, and a function that reads one image.
+
+Also what several layouts share: the split that is drawn here where a source has none of its own.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from dabnn.data.order import permutation, random_keys
+from dabnn.errors import InvalidInputError
+
+SPLITS = ("train", "val")
+_SHUFFLE_SEED = 0
+_BLOCK_LEVEL, _RECORD_LEVEL = 0, 1
+# About what a reader of compressed blocks keeps in memory; see `Source.blocks`.
+WINDOW_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image of a source.
+
+    Attributes:
+        name: Its name there, unique in the source.
+        label: Position in the source's classes.
+        extension: Of the file that `Source.read` returns, in lower case, without the dot.
+        num_bytes: Its size at the source: of the file; where there is none (raw pixels, rows of a table), about that.
+        place: Where it lies inside an archive: the archive, relative to the source (empty: the source itself), and a
+            position that the layout gives a meaning, for a tar file the byte offset. None: a file of its own.
+    """
+
+    name: str
+    label: int
+    extension: str
+    num_bytes: int
+    place: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of images in classes and splits.
+
+    Attributes:
+        name: What the manifest remembers it by.
+        classes: Class names, in the order of the labels.
+        splits: The records of each split, in an order that depends on the source alone.
+        read: Returns the image file of a record. Can be pickled; opens what it needs in the process that calls it.
+        format: The layout, one of `FORMATS`.
+        notes: What a person should know: what was recognised, what was passed over, which classes lack images.
+        shards: WebDataset shards that are there already, by split; the place of each record is then in one of them.
+        blocks: Runs of records, by split, that lie in one compressed block, which a reader has to decode as a whole.
+        stamp: Changes when a file of the source is written again, even with the same content: whether a build that was
+            interrupted may go on. It says nothing about what the images are; `digest` does.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    splits: Mapping[str, tuple[Record, ...]]
+    read: Callable[[Record], bytes]
+    format: str = "folder"
+    notes: tuple[str, ...] = ()
+    shards: Mapping[str, tuple[Path, ...]] | None = None
+    blocks: Mapping[str, tuple[range, ...]] | None = None
+    stamp: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of the classes and of the split, name, label, extension and size of each record."""
+        digest = hashlib.sha256()
+        for name in self.classes:
+            digest.update(os.fsencode(f"{name}\n"))
+        for split, records in self.splits.items():
+            for record in records:
+                line = f"{split}\0{record.name}\0{record.label}\0{record.extension}\0{record.num_bytes}\n"
+                digest.update(os.fsencode(line))
+        return digest.hexdigest()
+
+    def shuffled(self, split: str) -> tuple[Record, ...]:
+        """Returns the records in the order in which shards hold them: mixed, so that each shard has many classes.
+
+        All are mixed with all; with `blocks`, within windows of random blocks that a reader can keep in memory.
+        """
+        records = self.splits[split]
+        if self.blocks is None:
+            return tuple(records[position] for position in permutation(len(records), _SHUFFLE_SEED))
+        return tuple(records[position] for position in _shuffled_blocks(records, self.blocks[split]))
+
+
+def _shuffled_blocks(records: Sequence[Record], blocks: Sequence[range]) -> Iterable[int]:
+    if not blocks:
+        return []
+    shuffled = [blocks[position] for position in permutation(len(blocks), _SHUFFLE_SEED, _BLOCK_LEVEL)]
+    sizes = [sum(records[position].num_bytes for position in block) for block in shuffled]
+    ends = np.cumsum(sizes, dtype=np.int64)
+    windows = (ends - sizes) // WINDOW_BYTES
+    positions = np.concatenate([np.arange(block.start, block.stop) for block in shuffled])
+    keys = random_keys(len(positions), _SHUFFLE_SEED, _RECORD_LEVEL)
+    ordered: Iterable[int] = positions[np.lexsort((keys, np.repeat(windows, [len(b) for b in shuffled])))].tolist()
+    return ordered
+
+
+@dataclass(frozen=True)
+class FileRead:
+    """Reads an image that is a file below `root`, or that lies uncompressed in an archive there."""
+
+    root: Path
+
+    def __call__(self, record: Record) -> bytes:
+        """Returns the image's bytes."""
+        if record.place is None:
+            return (self.root / record.name).read_bytes()
+        return read_at(self.root / record.place[0], record.place[1], record.num_bytes)
+
+
+def read_at(path: Path, offset: int, num_bytes: int) -> bytes:
+    """Returns bytes of a file; fewer where the file ends before."""
+    with path.open("rb", buffering=0) as file:
+        parts = []
+        while num_bytes > 0 and (part := os.pread(file.fileno(), num_bytes, offset)):
+            parts.append(part)
+            offset, num_bytes = offset + len(part), num_bytes - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def require_fraction(val_fraction: float | None) -> None:
+    """Refuses a share of validation images that is no share.
+
+    Raises:
+        InvalidInputError: It is not between 0 and 1.
+    """
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise InvalidInputError(
+            f"val_fraction: {val_fraction} is not between 0 and 1; it is the share of each class that becomes "
+            "validation images, for example 0.2"
+        )
+
+
+def split_class(
+    records: Sequence[Record], val_fraction: float, seed: int, label: int
+) -> tuple[list[Record], list[Record]]:
+    """Draws the validation images of one class.
+
+    Args:
+        records: The images of the class, in an order that depends on the source alone.
+        val_fraction: The share of them that becomes validation images; at least one, and not all, where there are two.
+        seed: Another seed draws others.
+        label: The class.
+
+    Returns:
+        The training and the validation images, in the order given.
+    """
+    num_val = min(max(round(len(records) * val_fraction), 1), len(records) - 1)
+    is_val = permutation(len(records), seed, label) < num_val
+    chosen: tuple[list[Record], list[Record]] = ([], [])
+    for record, val in zip(records, is_val, strict=True):
+        chosen[int(val)].append(record)
+    return chosen
+
+
+def split_notes(classes: Sequence[str], splits: Mapping[str, Sequence[Record]]) -> tuple[str, ...]:
+    """Returns a sentence about the classes of which `val` has no image; empty where there are none."""
+    present = {record.label for record in splits.get("val", ())}
+    missing = [name for label, name in enumerate(classes) if label not in present]
+    if not missing or not splits.get("val"):
+        return ()
+    named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    return (f"{len(missing)} of {len(classes)} classes have no image in val, so nothing measures them: {named}",)
