@@ -119,7 +119,8 @@ def two_valued_reference(weight: Tensor, real: Tensor, threshold: Tensor, alpha:
         dL/dw = dL/dy * (1 - 1/C) * (|beta| 1[|real| < 1] + 1/(n - K))   elsewhere
 
     It is element-wise: 1/K stands in for the derivative of the group mean, which would spread sum(dL/dy)/K over the
-    group, and 1 - 1/C for that of centring, whose own derivative is therefore left out.
+    group, and 1 - 1/C for that of centring, whose own derivative is therefore left out. The reference code counts
+    weights of exactly zero, which are in the upper group where the threshold is below zero, in n - K instead.
 
     Args:
         weight: (F, C, ...) the latent weight, which gets the gradient.

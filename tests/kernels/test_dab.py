@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import quantize_dab
-from kernels.dab import quantize_dab_reference
+from kernels import dab_threshold, quantize_dab
+from kernels.dab import dab_threshold_reference, quantize_dab_reference
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("exact_*.npz"))
 VERSIONS = [quantize_dab, quantize_dab_reference]
@@ -39,8 +39,32 @@ def test_the_golden_optimum_is_found(quantize, path, prefix, weight_key):
     assert np.array_equal(beta.numpy(), golden[prefix + "beta"].astype(np.float32))
 
 
+@pytest.mark.parametrize("quantize", VERSIONS)
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("prefix", "weight_key"), [("", "clamped"), ("raw_", "W")])
+def test_the_golden_approximation_and_its_error_are_reached(quantize, path, prefix, weight_key):
+    golden = np.load(path)
+    weight = golden[weight_key].astype(np.float64)
+    approximation = dense(*quantize(torch.from_numpy(weight))).numpy()
+    np.testing.assert_allclose(approximation, golden[prefix + "binarized"], rtol=1e-12, atol=1e-15)
+    sse = ((weight - approximation) ** 2).sum((1, 2, 3))
+    np.testing.assert_allclose(sse, golden[prefix + "sse"], rtol=1e-12, atol=1e-15)
+    rel_error = np.sqrt(sse) / np.linalg.norm(weight.reshape(len(weight), -1), axis=1)
+    np.testing.assert_allclose(rel_error, golden[prefix + "rel_error"], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("threshold_of", [dab_threshold, dab_threshold_reference])
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("prefix", "weight_key"), [("", "clamped"), ("raw_", "W")])
+def test_the_threshold_is_the_smallest_weight_of_the_golden_upper_group(threshold_of, path, prefix, weight_key):
+    golden = np.load(path)
+    threshold, *_ = threshold_of(torch.from_numpy(golden[weight_key]))
+    assert np.array_equal(threshold.numpy(), golden[prefix + "threshold_hi"])
+    assert (threshold.numpy() > golden[prefix + "threshold_lo"]).all()
+
+
 def test_golden_files_are_there():
-    assert len(GOLDEN) == 7
+    assert len(GOLDEN) == 8
 
 
 @pytest.mark.parametrize("quantize", VERSIONS)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dabnn.data import transforms
@@ -61,6 +62,16 @@ def test_the_learning_rate_of_every_epoch_is_the_logged_one(log: str) -> None:
         logged = next(rate for first, rate in reversed(rates) if first <= epoch)
         for fraction in (0.0, 0.999):
             assert learning_rate(spec.schedule, epoch - 1 + fraction) == pytest.approx(logged, rel=1e-9)
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_the_learning_rate_of_every_planned_epoch_is_that_of_the_reference_program(log: str) -> None:
+    """By its own scheduler, at the options of each log; many logs end long before the epochs that were planned."""
+    spec = train_spec(example(log))
+    with np.load(Path(__file__).parent / "golden" / "reference_lr_schedules.npz") as golden:
+        expected = golden[log]
+    found = [learning_rate(spec.schedule, epoch) for epoch in range(int(spec.epochs))]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("log", LOGS)
