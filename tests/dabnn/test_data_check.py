@@ -141,8 +141,8 @@ def test_an_index_that_does_not_fit_its_shard_is_found(data: Path, column: str) 
     columns[column][1] = "nobody" if column == "keys" else columns[column][1] + 1
     path.write_text(json.dumps(columns))
     manifest = json.loads((data / MANIFEST_NAME).read_text())
-    entry = next(shard for shard in manifest["splits"]["train"]["shards"] if shard["name"] == SHARD)
-    entry["index_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    shards = manifest["splits"]["train"]["shards"]
+    shards["index_sha256"][shards["name"].index(SHARD)] = hashlib.sha256(path.read_bytes()).hexdigest()
     (data / MANIFEST_NAME).write_text(json.dumps(manifest))
     assert kinds(check_dataset(data)) == [(SHARD, "index")]
 
