@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dabnn.data.images import decode_image
 from dabnn.data.manifest import Manifest, load_manifest
-from dabnn.data.order import batches, epoch_order, sample_seed, share, steps
+from dabnn.data.order import batches, epoch_order, share, steps
+from dabnn.data.pipeline import Pipeline
 from dabnn.data.reader import SampleReader, verify_sizes
 from dabnn.data.transforms import Transform, make_transform
 from dabnn.errors import DabError, InvalidInputError
@@ -100,10 +100,8 @@ class _Requests(Sampler[_Request]):
 class _BatchReader(Dataset["Batch | DabError"]):
     """Answers requests, in whichever process it was copied to."""
 
-    def __init__(self, reader: SampleReader, transform: Transform, seed: int) -> None:
-        self.reader = reader
-        self.transform = transform
-        self.seed = seed
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
 
     def __getitem__(self, request: _Request) -> Batch | DabError:
         try:
@@ -113,33 +111,10 @@ class _BatchReader(Dataset["Batch | DabError"]):
             return error
 
     def _read(self, request: _Request) -> Batch:
-        pixels, labels = [], []
-        state = torch.get_rng_state()
-        try:
-            for index in request.indices.tolist():
-                data, label = self.reader.read(index)
-                pixels.append(self._transform(data, index, request.epoch))
-                labels.append(label)
-        finally:
-            torch.set_rng_state(state)
-        return Batch(
-            images=self.transform.batch(torch.stack(pixels)),
-            labels=torch.tensor(labels),
-            indices=torch.tensor(request.indices),
-            global_size=request.global_size,
-        )
-
-    def _transform(self, data: bytes, index: int, epoch: int) -> Tensor:
-        try:
-            image = decode_image(data)
-        except ValueError as error:
-            raise DabError(
-                f"{self.reader.describe(index)}: does not decode: {error}; see `dab data check`, then build again"
-            ) from error
-        if self.transform.augmentation is not None:
-            # Only the CPU generator: torch.manual_seed would reseed the devices of the training process, too.
-            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
-        return self.transform.sample(image)
+        made = self.pipeline.batch(request.indices, request.epoch)
+        if made.bad:
+            raise DabError(f"{made.bad[0]}; see `dab data check`, then build again")
+        return Batch(made.images, made.labels, made.indices, request.global_size)
 
 
 class Stream:
@@ -154,7 +129,7 @@ class Stream:
         self.num_steps = len(plan.blocks)
         self.num_samples = num_samples
         self._next = (0, 0)
-        self._reader = dataset.reader
+        self._pipeline = dataset.pipeline
         self._requests = _Requests(plan, self._next)
         self._loader: DataLoader[Batch | DabError] | None = _make_loader(dataset, self._requests, num_loaders)
         self._batches: Iterator[Batch | DabError] | None = None
@@ -203,7 +178,7 @@ class Stream:
     def close(self) -> None:
         """Ends the loader processes and closes the files; the stream cannot be read any more."""
         self._batches = self._loader = None
-        self._reader.close()
+        self._pipeline.close()
 
     def __enter__(self) -> Self:
         return self
@@ -287,7 +262,7 @@ def open_stream(
     shard_sizes = tuple(shard.num_samples for shard in entry.shards)
     plan = _Plan(tuple(blocks), tuple(global_sizes), shard_sizes, seed, shuffle, window)
     reader = SampleReader(root, entry, len(manifest.classes))
-    dataset = _BatchReader(reader, transform or _plain(manifest), seed)
+    dataset = _BatchReader(Pipeline(reader, transform or _plain(manifest), seed))
     stream = Stream(plan, dataset, len(everything), num_loaders)
     if position is not None:
         stream.seek(position["epoch"], position["step"])
@@ -322,7 +297,7 @@ def _make_loader(dataset: _BatchReader, requests: _Requests, num_loaders: int) -
     context: BaseContext | None = None
     if num_loaders:
         context = multiprocessing.get_context("forkserver")
-        augmentation = type(dataset.transform.augmentation).__module__
+        augmentation = type(dataset.pipeline.transform.augmentation).__module__
         context.set_forkserver_preload(["torch", "PIL.Image", __name__, augmentation])
     return DataLoader(
         dataset,
