@@ -51,13 +51,26 @@ class Pipeline:
         self.transform = transform
         self.seed = seed
 
-    def batch(self, indices: NDArray[np.int64], epoch: int, partners: NDArray[np.int64] | None = None) -> Prepared:
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What the process that loaders are forked from should import, so that they need not."""
+        return (__name__, type(self.transform.augmentation).__module__)
+
+    def batch(
+        self,
+        indices: NDArray[np.int64],
+        epoch: int,
+        partners: NDArray[np.int64] | None = None,
+        *,
+        finished: bool = True,
+    ) -> Prepared:
         """Reads, decodes, augments and normalises samples.
 
         Args:
             indices: Of the samples in the split.
             epoch: That the augmentations are drawn for.
             partners: With mixing, the sample that is mixed into each.
+            finished: Whether images are normalised; else they stay uint8, for `Transform.batch` on the device.
 
         Returns:
             The batch.
@@ -85,8 +98,13 @@ class Pipeline:
         finally:
             torch.set_rng_state(state)
         size = self.transform.input_size
-        stacked = torch.stack(pixels) if pixels else torch.empty(0, self.transform.in_channels, size, size)
-        return Prepared(self.transform.batch(stacked), torch.tensor(labels), torch.tensor(kept), tuple(bad))
+        stacked = (
+            torch.stack(pixels) if pixels else torch.empty(0, self.transform.in_channels, size, size, dtype=torch.uint8)
+        )
+        images = self.transform.batch(stacked) if finished else stacked
+        return Prepared(
+            images, torch.tensor(labels, dtype=torch.int64), torch.tensor(kept, dtype=torch.int64), tuple(bad)
+        )
 
     def close(self) -> None:
         """Closes the files; reading again opens them again."""

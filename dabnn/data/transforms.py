@@ -110,7 +110,7 @@ class Transform:
         Returns:
             float32 of the same shape.
         """
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
         return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255).sub_(mean).div_(std)
 
     def __call__(self, image: "Image") -> Tensor:
