@@ -128,8 +128,22 @@ def load_index(folder: Path, shard: Shard) -> ShardIndex:
         raise DabError(
             f"{path}: the shard's index cannot be read ({error.strerror}); build the dataset again"
         ) from error
+    return parse_index(text, shard, str(path))
+
+
+def parse_index(text: bytes, shard: Shard, place: str) -> ShardIndex:
+    """Returns the index that a file holds.
+
+    Args:
+        text: The file's content.
+        shard: The shard's entry in the manifest.
+        place: Where the file lies, for messages.
+
+    Raises:
+        DabError: It is not the one that was written with the shard.
+    """
     if hashlib.sha256(text).hexdigest() != shard.index_sha256:
-        raise DabError(f"{path}: not the index that was written with the shard; build the dataset again")
+        raise DabError(f"{place}: not the index that was written with the shard; build the dataset again")
     columns = json.loads(text)
     return ShardIndex(
         keys=tuple(columns["keys"]),
