@@ -126,6 +126,23 @@ def share(step: range, rank: int, world_size: int) -> range:
     return step[size * rank // world_size : size * (rank + 1) // world_size]
 
 
+def partners(step: range, block: range) -> NDArray[np.int64]:
+    """Returns the positions of the samples that those of a block are mixed with.
+
+    The samples of a step are mixed in pairs: the one at place p of the step with that at p ^ 1, the last of an odd step
+    with itself. So a sample's partner does not depend on the number of workers.
+
+    Args:
+        step: Positions of a step in the epoch's order.
+        block: Part of them.
+
+    Returns:
+        int64 (len(block),): positions within `step`.
+    """
+    places = (np.arange(block.start, block.stop) - step.start) ^ 1
+    return np.where(places < len(step), places, places ^ 1) + step.start
+
+
 def batches(block: range, batch_size: int) -> list[range]:
     """Cuts a block into batches of `batch_size`, the last one smaller where it does not divide."""
     return [block[start : start + batch_size] for start in range(0, len(block), batch_size)]

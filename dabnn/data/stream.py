@@ -1,38 +1,34 @@
-"""A deterministic, resumable stream of batches from local shards.
+"""A deterministic, resumable stream of batches from shards.
 
-What a step holds is decided by `order` alone. A torch `DataLoader` with a sampler that yields one request a step, on
-and on over the epochs, lets loader processes read ahead without having a say in the order.
-
-Loader processes come from a fork server. Plain fork copies a process in which gloo and Ray run threads, and can
-deadlock on a lock that one of them holds; spawn imports torch (3 s of CPU) anew for each loader, the server once.
+What a step holds is decided by `order` alone, `requests` puts that into words, `loaders` has it read, in this process
+or ahead of it in others. docs/stream.md says what is promised and why it holds.
 """
 
-import multiprocessing
-import os
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dabnn.data.bad_samples import BadSamples
+from dabnn.data.loaders import Answer, BatchReader, Loaders
 from dabnn.data.manifest import Manifest, load_manifest
-from dabnn.data.order import batches, epoch_order, share, steps
+from dabnn.data.order import batches, share, steps
 from dabnn.data.pipeline import Pipeline
 from dabnn.data.reader import SampleReader, verify_sizes
+from dabnn.data.requests import Plan, Requests
+from dabnn.data.shard_cache import ShardCache
 from dabnn.data.transforms import Transform, make_transform
 from dabnn.errors import DabError, InvalidInputError
 
-if TYPE_CHECKING:
-    from multiprocessing.context import BaseContext
-
 DEFAULT_WINDOW = 65536
+
+
+def _no_indices() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -43,78 +39,26 @@ class Batch:
         images: float32 (n, C, H, W), normalised; (n, 10, C, H, W) where the transform makes ten crops.
         labels: int64 (n,).
         indices: int64 (n,): each sample's index in the split.
-        global_size: Samples of the step over all ranks.
+        global_size: Samples of the step over all ranks, bad ones included.
+        partner_labels: int64 (n,): with mixing, the labels of the images that were mixed in; else None.
+        weights: float32 (n,): with mixing, the share of the first label in the loss.
+        bad_indices: int64: samples that belong here and cannot be decoded.
+        bad: What is wrong with each of them, by shard, key and name.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     global_size: int
+    partner_labels: Tensor | None = None
+    weights: Tensor | None = None
+    bad_indices: Tensor = field(default_factory=_no_indices)
+    bad: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True)
-class _Request:
-    """What a loader process is asked for: a batch, by the samples' indices."""
-
-    epoch: int
-    indices: NDArray[np.int64]
-    global_size: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One rank's batches: for each the block of the epoch's order, and the size of the step over all ranks."""
-
-    blocks: tuple[range, ...]
-    global_sizes: tuple[int, ...]
-    shard_sizes: tuple[int, ...]
-    seed: int
-    shuffle: bool
-    window: int
-
-    def requests(self, epoch: int, step: int) -> Iterator[_Request]:
-        """Yields the requests from a position on, without end."""
-        while True:
-            order = self._order(epoch)
-            for block, global_size in zip(self.blocks[step:], self.global_sizes[step:], strict=True):
-                yield _Request(epoch, order[block.start : block.stop], global_size)
-            epoch, step = epoch + 1, 0
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if self.shuffle:
-            return epoch_order(self.seed, epoch, self.shard_sizes, self.window)
-        return np.arange(sum(self.shard_sizes))
-
-
-class _Requests(Sampler[_Request]):
-    """The requests from `start` on; the loader asks for a new iterator after each move of it."""
-
-    def __init__(self, plan: _Plan, start: tuple[int, int]) -> None:
-        self.plan = plan
-        self.start = start
-
-    def __iter__(self) -> Iterator[_Request]:
-        return self.plan.requests(*self.start)
-
-
-class _BatchReader(Dataset["Batch | DabError"]):
-    """Answers requests, in whichever process it was copied to."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
-
-    def __getitem__(self, request: _Request) -> Batch | DabError:
-        try:
-            return self._read(request)
-        except DabError as error:
-            # Raised here, the loader would replace its message by a traceback.
-            return error
-
-    def _read(self, request: _Request) -> Batch:
-        made = self.pipeline.batch(request.indices, request.epoch)
-        if made.bad:
-            raise DabError(f"{made.bad[0]}; see `dab data check`, then build again")
-        return Batch(made.images, made.labels, made.indices, request.global_size)
+    @property
+    def num_bad(self) -> int:
+        """Samples that belong here and cannot be decoded: they weigh nothing in the step."""
+        return len(self.bad)
 
 
 class Stream:
@@ -125,14 +69,25 @@ class Stream:
         num_samples: Samples in an epoch over all ranks.
     """
 
-    def __init__(self, plan: _Plan, dataset: _BatchReader, num_samples: int, num_loaders: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        reader: BatchReader,
+        *,
+        num_samples: int,
+        num_loaders: int,
+        max_bad_fraction: float,
+        device: torch.device | None,
+    ) -> None:
+        """Take what `open_stream` made."""
         self.num_steps = len(plan.blocks)
         self.num_samples = num_samples
+        self._plan, self._device, self._transform = plan, device, reader.pipeline.transform
+        self._is_finished = reader.is_finished
+        self._bad, self._max_bad_fraction = BadSamples(), max_bad_fraction
         self._next = (0, 0)
-        self._pipeline = dataset.pipeline
-        self._requests = _Requests(plan, self._next)
-        self._loader: DataLoader[Batch | DabError] | None = _make_loader(dataset, self._requests, num_loaders)
-        self._batches: Iterator[Batch | DabError] | None = None
+        requests = Requests(plan, reader.pipeline.reader)
+        self._loaders: Loaders | None = Loaders(reader, requests, num_loaders)
 
     def position(self) -> dict[str, int]:
         """Returns the next step to be read, `{"epoch": ..., "step": ...}`: all that a resumed stream needs."""
@@ -147,7 +102,8 @@ class Stream:
                 "taken with another dataset or batch size?"
             )
         if (epoch, step) != self._next:
-            self._next, self._batches = (epoch, step), None
+            self._next = (epoch, step)
+            self._open().move()
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yields this rank's batches of an epoch.
@@ -164,12 +120,13 @@ class Stream:
         """
         self.seek(epoch, start_step)
         for step in range(start_step, self.num_steps):
-            batch = next(self._running())
-            if isinstance(batch, DabError):
-                self._batches = None
-                raise batch
+            answer = self._open().next(self._next)
+            if isinstance(answer, DabError):
+                self._open().move()
+                raise answer
+            self._count_bad(answer, epoch)
             self._next = (epoch, step + 1) if step + 1 < self.num_steps else (epoch + 1, 0)
-            yield batch
+            yield self._batch(answer, len(self._plan.steps[step]))
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields the rest of the epoch in which the position is; iterating again gives the next epoch."""
@@ -177,8 +134,9 @@ class Stream:
 
     def close(self) -> None:
         """Ends the loader processes and closes the files; the stream cannot be read any more."""
-        self._batches = self._loader = None
-        self._pipeline.close()
+        if self._loaders is not None:
+            self._loaders.close()
+            self._loaders = None
 
     def __enter__(self) -> Self:
         return self
@@ -188,17 +146,34 @@ class Stream:
     ) -> None:
         self.close()
 
-    def _running(self) -> Iterator[Batch | DabError]:
-        if self._loader is None:
+    def _open(self) -> Loaders:
+        if self._loaders is None:
             raise ValueError("the stream is closed")
-        if self._batches is None:
-            self._requests.start = self._next
-            self._batches = iter(self._loader)
-        return self._batches
+        return self._loaders
+
+    def _batch(self, answer: Answer, global_size: int) -> Batch:
+        images = answer.images if self._device is None else answer.images.to(self._device)
+        partner_labels, weights = answer.partner_labels, answer.weights
+        return Batch(
+            images if self._is_finished else self._transform.batch(images),
+            torch.from_numpy(answer.labels).to(images.device),
+            torch.from_numpy(answer.indices),
+            global_size,
+            None if partner_labels is None else torch.from_numpy(partner_labels).to(images.device),
+            None if weights is None else torch.from_numpy(weights).to(images.device),
+            torch.from_numpy(answer.bad_indices),
+            answer.bad,
+        )
+
+    def _count_bad(self, answer: Answer, epoch: int) -> None:
+        if epoch != self._bad.epoch:
+            self._bad = BadSamples(epoch)
+        self._bad.add(answer.bad)
+        self._bad.check(self.num_samples, self._max_bad_fraction)
 
 
 def open_stream(
-    root: Path,
+    root: Path | str,
     split: str,
     *,
     batch_size: int,
@@ -212,6 +187,9 @@ def open_stream(
     position: dict[str, int] | None = None,
     num_workers_planned: int | None = None,
     window: int = DEFAULT_WINDOW,
+    max_bad_fraction: float = 0.0,
+    cache: ShardCache | None = None,
+    device: torch.device | None = None,
 ) -> Stream:
     """Opens a split of a dataset as a stream of batches.
 
@@ -223,7 +201,7 @@ def open_stream(
     `batch_size` each. Together the ranks see every sample once; one may have a batch more than another, or none.
 
     Args:
-        root: The dataset's folder.
+        root: The dataset's folder or URL.
         split: `train` or `val`.
         batch_size: Samples a step over all ranks; without `shuffle`, samples a batch.
         seed: Of the order and the augmentations.
@@ -237,6 +215,10 @@ def open_stream(
         num_workers_planned: World size that the batch size and remainder are checked against, so that an elastic run
             keeps its steps when it continues on fewer workers; by default `world_size`.
         window: Samples that are mixed with each other; see `order.epoch_order`.
+        max_bad_fraction: Share of an epoch's samples that may be undecodable; one more is an error. Other ranks' are
+            not counted here.
+        cache: Keeps shards from behind a URL; by default one under DAB_HOME.
+        device: Where batches go, as uint8, to be normalised there; by default they stay, and whoever reads normalises.
 
     Returns:
         The stream.
@@ -244,26 +226,34 @@ def open_stream(
     Raises:
         InvalidInputError: There is no such dataset or split, a shard is missing or truncated, or a number does not fit.
     """
-    root = Path(root)
     num_workers = world_size if num_workers_planned is None else num_workers_planned
     _check_numbers(batch_size, rank, world_size, num_workers, num_loaders, window)
     manifest = load_manifest(root)
     entry = manifest.split(split)
     verify_sizes(root, entry)
-    everything = range(entry.num_samples)
     if shuffle:
         cut = steps(entry.num_samples, batch_size, num_workers, remainder)
         blocks = [share(step, rank, world_size) for step in cut]
-        global_sizes = [len(step) for step in cut]
-        everything = range(cut[-1].stop)
     else:
-        blocks = batches(share(everything, rank, world_size), batch_size)
-        global_sizes = [len(block) for block in blocks]
-    shard_sizes = tuple(shard.num_samples for shard in entry.shards)
-    plan = _Plan(tuple(blocks), tuple(global_sizes), shard_sizes, seed, shuffle, window)
-    reader = SampleReader(root, entry, len(manifest.classes))
-    dataset = _BatchReader(Pipeline(reader, transform or _plain(manifest), seed))
-    stream = Stream(plan, dataset, len(everything), num_loaders)
+        cut = blocks = batches(share(range(entry.num_samples), rank, world_size), batch_size)
+    plan = Plan(
+        tuple(cut),
+        tuple(blocks),
+        tuple(shard.num_samples for shard in entry.shards),
+        seed=seed,
+        shuffle=shuffle,
+        window=window,
+    )
+    pipeline = Pipeline(SampleReader(root, entry, len(manifest.classes), cache), transform or _plain(manifest), seed)
+    reader = BatchReader(pipeline, is_training=shuffle, tolerates_bad=max_bad_fraction > 0, is_finished=device is None)
+    stream = Stream(
+        plan,
+        reader,
+        num_samples=cut[-1].stop if shuffle else entry.num_samples,
+        num_loaders=num_loaders,
+        max_bad_fraction=max_bad_fraction,
+        device=device,
+    )
     if position is not None:
         stream.seek(position["epoch"], position["step"])
     return stream
@@ -291,34 +281,3 @@ def _plain(manifest: Manifest) -> Transform:
     mean, std = image.normalization(image.channels)
     size = max(image.height, image.width)
     return make_transform("plain", input_size=size, in_channels=image.channels, mean=mean, std=std, training=False)
-
-
-def _make_loader(dataset: _BatchReader, requests: _Requests, num_loaders: int) -> "DataLoader[Batch | DabError]":
-    context: BaseContext | None = None
-    if num_loaders:
-        context = multiprocessing.get_context("forkserver")
-        augmentation = type(dataset.pipeline.transform.augmentation).__module__
-        context.set_forkserver_preload(["torch", "PIL.Image", __name__, augmentation])
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=requests,
-        num_workers=num_loaders,
-        persistent_workers=num_loaders > 0,
-        multiprocessing_context=context,
-        worker_init_fn=_die_with_parent,
-        # The loader draws a number from this at each start; from the default one, a resumed run would draw once more.
-        generator=torch.Generator(),
-    )
-
-
-def _die_with_parent(_loader: int) -> None:
-    """Ends a loader when its training process is gone; torch watches the parent, which here is the fork server."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -19,6 +19,7 @@ from image_tree import write_tree
 from torchvision.datasets import ImageFolder
 
 from dabnn.data import Batch, build_dataset, load_manifest, open_stream
+from dabnn.data.loaders import start_server
 from dabnn.data.reader import SampleReader
 from dabnn.data.shards import StoredSample, index_path, load_index, write_shard
 from dabnn.data.transforms import Transform, make_transform
@@ -128,8 +129,9 @@ def test_loaders_change_nothing_over_epochs_and_a_seek(data: Path, num_loaders: 
 
 
 def test_closing_ends_the_loaders(data: Path) -> None:
-    before = set(multiprocessing.active_children())
     with open_stream(data, "train", batch_size=16, num_loaders=2) as stream:
+        start_server(()).result()
+        before = set(multiprocessing.active_children())
         next(stream.epoch(0))
         loaders = set(multiprocessing.active_children()) - before
         assert len(loaders) == 2
@@ -137,6 +139,7 @@ def test_closing_ends_the_loaders(data: Path) -> None:
 
 
 def read_until_killed(root: Path, connection: Connection) -> None:
+    start_server(()).result()
     with open_stream(root, "train", batch_size=16, num_loaders=1) as stream:
         next(stream.epoch(0))
         connection.send([child.pid for child in multiprocessing.active_children()])
