@@ -4,15 +4,25 @@
 here.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from dabnn.choices import unknown_choice
+from dabnn.data.sources.cifar import cifar
 from dabnn.data.sources.digits import BUILTIN_PREFIX, digits
 from dabnn.data.sources.folder import image_folder
-from dabnn.data.sources.records import SPLITS, Record, Source
+from dabnn.data.sources.imagenet import imagenet12
+from dabnn.data.sources.omniglot import omniglot
+from dabnn.data.sources.parquet import parquet
+from dabnn.data.sources.recognise import recognise
+from dabnn.data.sources.records import SPLITS, Record, Source, require_fraction
+from dabnn.data.sources.sketchy import sketchyrecognition
+from dabnn.data.sources.tuberlin import tuberlin
+from dabnn.data.sources.webdataset import key_of, webdataset
 from dabnn.errors import InvalidInputError
 
-__all__ = ["BUILTIN_PREFIX", "FORMATS", "SPLITS", "Record", "Source", "open_source"]
+__all__ = ["BUILTIN_PREFIX", "FORMATS", "SPLITS", "Record", "Source", "key_of", "open_source"]
 
 FORMATS = (
     "auto",
@@ -57,5 +67,34 @@ def open_source(
     if source.startswith(BUILTIN_PREFIX) or format == "digits":
         if source != f"{BUILTIN_PREFIX}digits" or format not in ("auto", "digits"):
             raise InvalidInputError(f"{source}: not a built-in dataset; there is {BUILTIN_PREFIX}digits")
-        return digits()
-    return image_folder(Path(source), val_fraction=val_fraction, seed=seed, split_lists=split_lists)
+        return _with_unused(digits(), val_fraction, split_lists)
+    path = Path(source).absolute()
+    if not path.exists():
+        raise InvalidInputError(f"{path}: no such folder or archive; give a folder of images or {BUILTIN_PREFIX}digits")
+    require_fraction(val_fraction)
+    format = recognise(path) if format == "auto" else format  # noqa: A001 - as above
+    if format == "folder":
+        return image_folder(path, val_fraction=val_fraction, seed=seed, split_lists=split_lists)
+    if format == "tuberlin":
+        return tuberlin(path, val_fraction=val_fraction, seed=seed, split_lists=split_lists)
+    if format == "omniglot":
+        return _with_unused(omniglot(path, val_fraction=val_fraction, seed=seed), None, split_lists)
+    opened = cifar(path, format) if format in ("cifar10", "cifar100") else _WITH_OWN_SPLIT[format](path)
+    return _with_unused(opened, val_fraction, split_lists)
+
+
+_WITH_OWN_SPLIT: Mapping[str, Callable[[Path], Source]] = {
+    "sketchyrecognition": sketchyrecognition,
+    "imagenet12": imagenet12,
+    "parquet": parquet,
+    "webdataset": webdataset,
+}
+
+
+def _with_unused(source: Source, val_fraction: float | None, split_lists: Path | None) -> Source:
+    asked = {"val_fraction": val_fraction, "split_lists": split_lists}
+    unused = [name for name, value in asked.items() if value is not None]
+    if not unused:
+        return source
+    note = f"{' and '.join(unused)} not used: {source.format} has a split of its own"
+    return replace(source, notes=(*source.notes, note))

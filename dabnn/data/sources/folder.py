@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dabnn.data.images import EXTENSIONS
+from dabnn.data.sources.archive import list_archive
 from dabnn.data.sources.records import SPLITS, Record, Source, require_fraction, split_class, split_notes
 from dabnn.data.sources.tree import Found, Tree, list_folder
 from dabnn.errors import InvalidInputError
@@ -14,10 +15,12 @@ def image_folder(
 ) -> Source:
     """Lists an image folder: `SRC/{train,val}/CLASS/*`, at any depth below a class, or `SRC/CLASS/*` to be split.
 
+    A tar or zip archive of such a folder is read as it is, without unpacking.
+
     Classes are the folder names of `train`, sorted. Files with other extensions and hidden files are no samples.
 
     Args:
-        folder: The tree's root.
+        folder: The tree's root, or an archive of it.
         val_fraction: The share of each class that becomes `val`, where the source has no `val` of its own.
         seed: Another seed draws other images into `val`.
         split_lists: A folder with `train.txt` and `val.txt`, which name the images of each split instead.
@@ -28,11 +31,20 @@ def image_folder(
     Raises:
         InvalidInputError: A folder is missing or empty, or `val` has a class that `train` does not have.
     """
-    if not folder.is_dir():
-        raise InvalidInputError(f"{folder}: no such folder; give a folder of images or builtin:digits")
-    present = [split for split in SPLITS if (folder / split).is_dir()]
-    tree = list_folder(folder, present or ("",))
-    return source_of_tree(tree, val_fraction=val_fraction, seed=seed, split_lists=split_lists)
+    return source_of_tree(open_tree(folder), val_fraction=val_fraction, seed=seed, split_lists=split_lists)
+
+
+def open_tree(path: Path) -> Tree:
+    """Lists the image files of a folder (of its `train` and `val` alone, where it has such) or of an archive.
+
+    Raises:
+        InvalidInputError: There is no such folder or archive, or it cannot be read.
+    """
+    if path.is_file():
+        return list_archive(path)
+    if not path.is_dir():
+        raise InvalidInputError(f"{path}: no such folder or archive; give a folder of images or builtin:digits")
+    return list_folder(path, [split for split in SPLITS if (path / split).is_dir()] or ("",))
 
 
 def source_of_tree(
@@ -58,7 +70,7 @@ def source_of_tree(
     if len(own) == len(SPLITS):
         if val_fraction is not None or split_lists is not None:
             notes.append(f"{tree.root} has train and val of its own, which were taken; nothing was drawn")
-        classes, splits = _own_splits(tree)
+        classes, splits = own_splits(tree)
     elif split_lists is not None and not own:
         classes, records = class_records(tree, "")
         splits, left_out = split_by_lists([record for listed in records for record in listed], split_lists, tree.root)
@@ -88,7 +100,12 @@ def _no_splits(root: Path, own: Sequence[str]) -> InvalidInputError:
     )
 
 
-def _own_splits(tree: Tree) -> tuple[tuple[str, ...], dict[str, list[Record]]]:
+def own_splits(tree: Tree) -> tuple[tuple[str, ...], dict[str, list[Record]]]:
+    """Returns the classes and the records of a tree with `train/CLASS` and `val/CLASS`.
+
+    Raises:
+        InvalidInputError: There is no class, one without images, or one that only `val` has.
+    """
     classes, train = class_records(tree, "train")
     for name in class_folders(tree, "val"):
         if name not in classes:

@@ -6,14 +6,14 @@ Also what several layouts share: the split that is drawn here where a source has
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from dabnn.data.order import permutation, random_keys
-from dabnn.errors import InvalidInputError
+from dabnn.errors import DabError, InvalidInputError
 
 SPLITS = ("train", "val")
 _SHUFFLE_SEED = 0
@@ -81,6 +81,11 @@ class Source:
                 digest.update(os.fsencode(line))
         return digest.hexdigest()
 
+    def renamed(self, path: Path, format: str) -> "Source":  # noqa: A002 - as the field is called
+        """Returns the same source under the path that the user gave and as the format that it was read as."""
+        read_as = f"read as {format}: {len(self.classes):,} classes"
+        return replace(self, name=str(path.resolve()), format=format, notes=(read_as, *self.notes))
+
     def shuffled(self, split: str) -> tuple[Record, ...]:
         """Returns the records in the order in which shards hold them: mixed, so that each shard has many classes.
 
@@ -112,10 +117,18 @@ class FileRead:
     root: Path
 
     def __call__(self, record: Record) -> bytes:
-        """Returns the image's bytes."""
+        """Returns the image's bytes.
+
+        Raises:
+            DabError: The archive ends before they do, so that it is not the one that was listed.
+        """
         if record.place is None:
             return (self.root / record.name).read_bytes()
-        return read_at(self.root / record.place[0], record.place[1], record.num_bytes)
+        path = self.root / record.place[0]
+        data = read_at(path, record.place[1], record.num_bytes)
+        if len(data) < record.num_bytes:
+            raise DabError(f"{path}: ends within {record.name}: the file was changed after it was listed; begin again")
+        return data
 
 
 def read_at(path: Path, offset: int, num_bytes: int) -> bytes:
