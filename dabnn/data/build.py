@@ -1,49 +1,28 @@
 """Building a dataset: the images of a source become shards of mixed classes, indexes, statistics and a manifest.
 
-Everything is written into `DEST/.building` and moved into place at the end, so a build that fails or is interrupted
-leaves a dataset that was there before as it was. The same source gives the same bytes. One process writes; images are
-stored as they came.
+A build is a list of tasks, one a shard, which run in this process, in several, or on a cluster; the same source gives
+the same bytes whichever it is. Everything is written into `DEST/.building` and moved into place at the end, so a build
+that fails leaves a dataset that was there before as it was, and one that was cut off goes on with the finished shards.
 """
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dabnn.data.images import decode_image
+from dabnn.data.build_plan import BuildPlan, Listing, plan_build
+from dabnn.data.encode import Encoding
 from dabnn.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, load_manifest, write_manifest
-from dabnn.data.order import permutation
-from dabnn.data.shards import StoredSample, index_path, member_bytes, write_shard
-from dabnn.data.sources import Record, Source, open_source
+from dabnn.data.processes import LocalProcesses, RunTasks, available_cpus
+from dabnn.data.shard_task import MAX_NAMED_FAILURES, ShardResult, ShardTask, finished, make_shard
+from dabnn.data.shards import index_path
+from dabnn.data.staging import STAGING_NAME, is_no_room, staging_folder
 from dabnn.data.statistics import ImageStatistics
 from dabnn.errors import DabError, InvalidInputError
 
 DEFAULT_SHARD_BYTES = 64 * 2**20
-STAGING_NAME = ".building"
-# Fewer shards than this would leave nothing to shuffle, or to share out, at shard level.
-_MIN_SHARDS = 8
-_SHUFFLE_SEED = 0
-_LABEL_BYTES = member_bytes(1)
-_INDEX_BYTES_PER_SAMPLE = 128
-_MAX_NAMED_FAILURES = 3
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-@dataclass
-class _Progress:
-    """What a build has gone through so far, over both splits."""
-
-    total: int
-    on_progress: Callable[[int, int], None] | None
-    done: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    def advance(self) -> None:
-        self.done += 1
-        if self.on_progress is not None:
-            self.on_progress(self.done, self.total)
+_MIN_IMAGES_PER_PROCESS = 2000  # about a second's work, twice what a process takes to start
 
 
 def build_dataset(
@@ -51,68 +30,80 @@ def build_dataset(
     dest: Path,
     *,
     format: str = "auto",  # noqa: A002 - the option is called --format
+    val_fraction: float | None = None,
+    seed: int = 0,
+    split_lists: Path | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    encoding: Encoding | None = None,
+    num_processes: int | None = 1,
+    run_tasks: RunTasks | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Builds WebDataset shards with a manifest.
+    """Builds WebDataset shards with a manifest; only manifest and indexes where the source is WebDataset shards.
 
     Args:
-        source: A folder `SRC/{train,val}/CLASS/*`, or `builtin:digits`.
+        source: A folder, an archive, or `builtin:digits`.
         dest: The dataset's folder: new, empty, or one built from the same source, which is then replaced.
-        format: `folder`, `digits`, or `auto`.
+        format: One of `dabnn.data.sources.FORMATS`.
+        val_fraction: The share of each class that becomes `val`, where the source has no `val` of its own.
+        seed: Another seed draws other images into `val`.
+        split_lists: A folder with `train.txt` and `val.txt`, which name the images of each split.
         shard_bytes: About how large a shard becomes; smaller where there would be fewer than 8 of them.
-        on_progress: Called as `on_progress(done, total)` after each image.
+        encoding: How images are changed before they are stored, from `make_encoding`; None: stored as they came.
+        num_processes: Processes of this machine, as many as are useful with None. More than one is for programs whose
+            main module is guarded by `if __name__ == "__main__"`.
+        run_tasks: Runs the tasks instead, for instance on a cluster.
+        on_progress: Called as `on_progress(done, total)` with counts of images.
+        say: Told what a person should know about the source, and that an earlier build is continued.
 
     Returns:
         The manifest that was written.
 
     Raises:
-        InvalidInputError: The source is not laid out as it must be, holds images that do not decode (all are tried, and
-            counted), or the destination holds something else.
-        DabError: The destination cannot be written, or has no room.
+        InvalidInputError: The source is not laid out as it must be, changes while it is read, holds images that do not
+            decode (all are tried, and counted), or the destination holds something else.
+        DabError: The destination cannot be written, has no room, or is being written by another build.
     """
     dest = Path(dest)
-    if shard_bytes < 1:
-        raise InvalidInputError(f"shard_bytes: {shard_bytes}; a shard needs at least 1 byte, 64 MiB is the default")
-    opened = open_source(source, format)
-    _check_destination(dest, opened.name)
-    needed = sum(_stored_bytes(record) for records in opened.splits.values() for record in records)
+    plan = plan_build(Listing(source, format, val_fraction, seed, split_lists), shard_bytes, encoding)
+    for note in plan.source.notes:
+        say(note)
+    if run_tasks is None:
+        run_tasks = LocalProcesses(_useful_processes(num_processes, plan.num_images))
     try:
-        with _staging_folder(dest) as staging:
-            _require_room(dest, needed)
-            manifest = _write_shards(opened, staging, shard_bytes, on_progress)
-        _publish(manifest, staging, dest)
+        _check_destination(dest, plan)
+        with staging_folder(dest, plan.digest()) as staging:
+            results = _run(plan, plan.tasks(staging), run_tasks, on_progress, say)
+            _require_decodable(results, plan.num_images)
+            plan.require_unchanged()
+            manifest = _manifest(plan, results)
+            _publish(manifest, staging, dest)
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if is_no_room(error):
+            needed = sum(plan.stored_bytes(records) for records in plan.source.splits.values())
             raise _no_room(dest, needed, str(error.strerror)) from error
-        raise DabError(f"{dest}: cannot be written: {error}") from error
+        raise DabError(
+            f"{dest}: cannot be written: {error}. Name a folder that you may write to, or ask for the permission"
+        ) from error
     return manifest
 
 
-def plan_shards(sizes: Sequence[int], shard_bytes: int) -> list[range]:
-    """Shares out samples over shards, as evenly as whole samples go.
-
-    Args:
-        sizes: Bytes that each sample occupies in a shard.
-        shard_bytes: About how large a shard may become.
-
-    Returns:
-        The positions that each shard holds, in order: at least 8 shards where there are as many samples.
-    """
-    num_samples = len(sizes)
-    num_shards = min(num_samples, max(-(-sum(sizes) // shard_bytes), _MIN_SHARDS))
-    return [range(num_samples * i // num_shards, num_samples * (i + 1) // num_shards) for i in range(num_shards)]
+def _useful_processes(wanted: int | None, num_images: int) -> int:
+    if wanted is not None and wanted < 1:
+        raise InvalidInputError(f"num_processes: {wanted}; at least 1 process has to do the work")
+    return wanted or min(available_cpus(), -(-num_images // _MIN_IMAGES_PER_PROCESS))
 
 
-def _check_destination(dest: Path, source: str) -> None:
+def _check_destination(dest: Path, plan: BuildPlan) -> None:
     if dest.exists() and not dest.is_dir():
         raise InvalidInputError(f"{dest}: a file, not a folder; name a new folder for the dataset")
     if (dest / MANIFEST_NAME).exists():
         existing = load_manifest(dest).source
-        if existing != source:
+        if existing != plan.source.name:
             raise InvalidInputError(
-                f"{dest}: holds a dataset built from {existing}, not from {source}, and is not overwritten; name "
-                "another folder, or delete this one first"
+                f"{dest}: holds a dataset built from {existing}, not from {plan.source.name}, and is not overwritten; "
+                "name another folder, or delete this one first"
             )
     elif dest.is_dir() and any(dest.iterdir()) and not (dest / STAGING_NAME).exists():
         raise InvalidInputError(
@@ -120,26 +111,70 @@ def _check_destination(dest: Path, source: str) -> None:
         )
 
 
-@contextmanager
-def _staging_folder(dest: Path) -> Iterator[Path]:
-    """Gives an empty folder to write into, and removes it when that fails or is interrupted."""
-    staging = dest / STAGING_NAME
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def _stored_bytes(record: Record) -> int:
-    return member_bytes(record.num_bytes) + _LABEL_BYTES + _INDEX_BYTES_PER_SAMPLE
-
-
-def _require_room(dest: Path, needed: int) -> None:
-    if shutil.disk_usage(dest).free < needed:
+def _run(
+    plan: BuildPlan,
+    tasks: Sequence[ShardTask],
+    run_tasks: RunTasks,
+    on_progress: Callable[[int, int], None] | None,
+    say: Callable[[str], None],
+) -> list[tuple[ShardTask, ShardResult]]:
+    """Runs those tasks that no earlier build has done; returns all with their results, in order."""
+    results = {task.number: result for task in tasks if (result := finished(task)) is not None}
+    waiting = [task for task in tasks if task.number not in results]
+    needed = sum(plan.stored_bytes(task.records) for task in waiting)
+    if waiting and shutil.disk_usage(waiting[0].path.parent).free < needed:
         raise OSError(errno.ENOSPC, "the disk is too full to begin")
+    done = plan.num_images - sum(len(task.records) for task in waiting)
+    if results:
+        say(f"going on with {len(results):,} of {len(tasks):,} shards from a build that was cut off")
+
+    def tell(number: int) -> None:
+        nonlocal done
+        done += number
+        if on_progress is not None:
+            on_progress(done, plan.num_images)
+
+    if done:
+        tell(0)
+    for result in run_tasks(make_shard, waiting, tell):
+        results[result.number] = result
+    return [(task, results[task.number]) for task in tasks]
+
+
+def _require_decodable(results: Sequence[tuple[ShardTask, ShardResult]], total: int) -> None:
+    num_failures = sum(result.num_failures for _, result in results)
+    if not num_failures:
+        return
+    failures = [failure for _, result in results for failure in result.failures]
+    named = "; ".join(failures[:MAX_NAMED_FAILURES])
+    more = f"; and {num_failures - MAX_NAMED_FAILURES} more" if num_failures > MAX_NAMED_FAILURES else ""
+    raise InvalidInputError(
+        f"{named}{more}: {num_failures} of {total} images do not decode. Nothing was built, since a dataset that "
+        "silently lacks images is not the one you measured on; repair or remove them and build again"
+    )
+
+
+def _manifest(plan: BuildPlan, results: Sequence[tuple[ShardTask, ShardResult]]) -> Manifest:
+    statistics = ImageStatistics()
+    shards: dict[str, list[Shard]] = {split: [] for split in plan.source.splits}
+    labels: dict[str, Counter[int]] = {split: Counter() for split in plan.source.splits}
+    for task, result in results:
+        statistics.merge(result.statistics)
+        shards[task.split].append(result.shard)
+        labels[task.split].update(dict(result.class_counts))
+    splits = {
+        split: Split.of(tuple(shards[split]), [labels[split][label] for label in range(len(plan.source.classes))])
+        for split in plan.source.splits
+    }
+    return Manifest(
+        plan.source.name,
+        plan.source.classes,
+        statistics.summary(),
+        splits,
+        source_digest=plan.source.digest,
+        stored=None if plan.encoding is None else plan.encoding.stored(),
+        source_options=plan.listing.options(),
+    )
 
 
 def _no_room(dest: Path, needed: int, reason: str) -> DabError:
@@ -151,69 +186,18 @@ def _no_room(dest: Path, needed: int, reason: str) -> DabError:
     )
 
 
-def _write_shards(
-    source: Source, staging: Path, shard_bytes: int, on_progress: Callable[[int, int], None] | None
-) -> Manifest:
-    progress = _Progress(sum(len(records) for records in source.splits.values()), on_progress)
-    statistics = ImageStatistics()
-    splits = {}
-    for split, records in source.splits.items():
-        shuffled = [records[position] for position in permutation(len(records), _SHUFFLE_SEED)]
-        shards: list[Shard] = []
-        for block in plan_shards([_stored_bytes(record) for record in shuffled], shard_bytes):
-            samples = _read_samples(source, split, shuffled, block, statistics, progress)
-            shards.append(write_shard(staging / f"{split}-{len(shards):06d}.tar", samples))
-        splits[split] = Split.of(tuple(shards))
-    if progress.failures:
-        raise _undecodable(progress.failures, progress.total)
-    return Manifest(source.name, source.classes, statistics.summary(), splits)
-
-
-def _read_samples(
-    source: Source,
-    split: str,
-    records: Sequence[Record],
-    block: range,
-    statistics: ImageStatistics,
-    progress: _Progress,
-) -> Iterator[StoredSample]:
-    for position in block:
-        record = records[position]
-        try:
-            data = source.read(record)
-            image = decode_image(data)
-        except OSError as error:
-            raise InvalidInputError(f"{record.name}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            progress.failures.append(f"{record.name} ({error})")
-        else:
-            if split == "train":
-                statistics.add(image)
-            else:
-                statistics.add_colour(image)
-            yield StoredSample(f"{position:08d}", record.name, record.extension, data, record.label)
-        progress.advance()
-
-
-def _undecodable(failures: list[str], total: int) -> InvalidInputError:
-    named = "; ".join(failures[:_MAX_NAMED_FAILURES])
-    more = f"; and {len(failures) - _MAX_NAMED_FAILURES} more" if len(failures) > _MAX_NAMED_FAILURES else ""
-    return InvalidInputError(
-        f"{named}{more}: {len(failures)} of {total} images do not decode. Nothing was built, since a dataset that "
-        "silently lacks images is not the one you measured on; repair or remove them and build again"
-    )
-
-
 def _publish(manifest: Manifest, staging: Path, dest: Path) -> None:
-    """Moves the finished files into place; `staging` goes last, to mark the folder as ours until then."""
+    """Moves the finished files into place; until the manifest is written the folder holds no dataset."""
     if (dest / MANIFEST_NAME).exists():
         previous = load_manifest(dest)
         (dest / MANIFEST_NAME).unlink()
-        for split in previous.splits.values():
-            for shard in split.shards:
+        for shard in (shard for split in previous.splits.values() for shard in split.shards):
+            index_path(dest / shard.name).unlink(missing_ok=True)
+            if shard.url is None:
                 (dest / shard.name).unlink(missing_ok=True)
-                index_path(dest / shard.name).unlink(missing_ok=True)
-    for path in staging.iterdir():
-        path.replace(dest / path.name)
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+        index_path(staging / shard.name).replace(index_path(dest / shard.name))
+        if shard.url is None:
+            (staging / shard.name).replace(dest / shard.name)
     write_manifest(dest, manifest)
-    staging.rmdir()
+    shutil.rmtree(staging)

@@ -20,7 +20,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 _FORMAT_VERSIONS = (1, FORMAT_VERSION)
 # What a dataset is does not depend on where it came from or lies.
-_NOT_IN_DIGEST = frozenset({"source", "source_digest"})
+_NOT_IN_DIGEST = frozenset({"source", "source_digest", "source_options"})
 
 
 class Shard(NamedTuple):
@@ -120,6 +120,7 @@ class Manifest:
         splits: `train` and `val`.
         source_digest: The sha256 of what the source listed (names, labels, sizes); empty in version 1.
         stored: How images were changed before they were stored (`resize`, `encoding`, `quality`); None: as they came.
+        source_options: How the source was listed (`format`, `val_fraction`, `seed`, `split_lists`); None in version 1.
         format_version: Version of the files' layout.
     """
 
@@ -129,6 +130,7 @@ class Manifest:
     splits: Mapping[str, Split]
     source_digest: str = ""
     stored: Mapping[str, Any] | None = None
+    source_options: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     @cached_property
@@ -211,8 +213,10 @@ def _content(manifest: Manifest) -> dict[str, Any]:
             del content["image"][key]
         return {**content, "splits": splits}
     splits = {name: _split_content(split) for name, split in manifest.splits.items()}
-    stored = None if manifest.stored is None else dict(manifest.stored)
-    return {**content, "source_digest": manifest.source_digest, "stored": stored, "splits": splits}
+    for key in ("source_digest", "stored", "source_options"):
+        value = getattr(manifest, key)
+        content[key] = dict(value) if isinstance(value, Mapping) else value
+    return {**content, "splits": splits}
 
 
 def _split_content(split: Split) -> dict[str, Any]:
@@ -248,6 +252,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
         splits,
         content.get("source_digest", ""),
         content.get("stored"),
+        content.get("source_options"),
         version,
     )
 

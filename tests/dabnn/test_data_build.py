@@ -13,10 +13,12 @@ from image_tree import write_tree
 from PIL import Image
 
 from dabnn.data import build_dataset, check_dataset, load_manifest
-from dabnn.data.build import plan_shards
+from dabnn.data.build_plan import plan_shards
 from dabnn.data.check import read_archive
+from dabnn.data.encode import make_encoding
 from dabnn.data.manifest import MANIFEST_NAME
 from dabnn.data.shards import index_path, load_index
+from dabnn.data.staging import STAGING_NAME
 from dabnn.errors import DabError, InvalidInputError
 
 
@@ -252,27 +254,82 @@ def test_a_failed_rebuild_leaves_the_dataset_as_it_was(tmp_path: Path) -> None:
     assert stored_files(tmp_path / "data") == before
 
 
-def test_an_interrupted_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+def interrupt_half_way(done: int, total: int) -> None:
+    if done > total // 2:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_build_goes_on_with_the_finished_shards(tmp_path: Path) -> None:
     source = write_tree(tmp_path / "images")
-
-    def interrupt(done: int, total: int) -> None:
-        if done > total // 2:
-            raise KeyboardInterrupt
-
+    expected = build_dataset(str(source), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        build_dataset(str(source), tmp_path / "data", on_progress=interrupt)
-    assert list((tmp_path / "data").iterdir()) == []
-    build_dataset(str(source), tmp_path / "data")
-    assert check_dataset(tmp_path / "data") == []
-
-
-def test_a_build_killed_half_way_is_no_dataset_and_can_be_repeated(tmp_path: Path) -> None:
-    (tmp_path / "data" / ".building").mkdir(parents=True)
-    (tmp_path / "data" / ".building" / "train-000000.tar").write_text("half a shard")
+        build_dataset(str(source), tmp_path / "data", on_progress=interrupt_half_way)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [STAGING_NAME]
     with pytest.raises(InvalidInputError, match=f"no {MANIFEST_NAME}, so no complete dataset"):
         load_manifest(tmp_path / "data")
+    calls: list[tuple[int, int]] = []
+    notes: list[str] = []
+    build_dataset(
+        str(source), tmp_path / "data", on_progress=lambda done, total: calls.append((done, total)), say=notes.append
+    )
+    assert notes == ["going on with 5 of 16 shards from a build that was cut off"]
+    assert calls == [(done, 48) for done in range(22, 49)]
+    assert stored_files(tmp_path / "data") == stored_files(tmp_path / "whole")
+    assert load_manifest(tmp_path / "data") == expected
+
+
+@pytest.mark.parametrize("change", ["source", "options", "shard"])
+def test_shards_of_another_build_are_made_again(tmp_path: Path, change: str) -> None:
+    source = write_tree(tmp_path / "images")
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(str(source), tmp_path / "data", on_progress=interrupt_half_way)
+    if change == "source":
+        Image.new("RGB", (6, 6), (1, 2, 3)).save(source / "train" / "ant" / "0.png")
+    elif change == "shard":
+        (tmp_path / "data" / STAGING_NAME / "train-000000.tar").write_bytes(b"short")
+    encoding = make_encoding(encoding="webp") if change == "options" else None
+    notes: list[str] = []
+    build_dataset(str(source), tmp_path / "data", encoding=encoding, say=notes.append)
+    assert [note for note in notes if "going on" in note] == (
+        ["going on with 4 of 16 shards from a build that was cut off"] if change == "shard" else []
+    )
+    assert check_dataset(tmp_path / "data") == []
+    build_dataset(str(source), tmp_path / "again", encoding=encoding)
+    assert stored_files(tmp_path / "data") == stored_files(tmp_path / "again")
+
+
+def test_what_a_killed_build_left_half_done_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "data" / STAGING_NAME).mkdir(parents=True)
+    (tmp_path / "data" / STAGING_NAME / "train-000000.tar").write_text("half a shard")
+    (tmp_path / "data" / STAGING_NAME / "train-000000.tar.finished.json").write_text("{")
     build_dataset(str(write_tree(tmp_path / "images")), tmp_path / "data")
     assert check_dataset(tmp_path / "data") == []
+    assert not (tmp_path / "data" / STAGING_NAME).exists()
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, num_processes: int) -> None:
+    source = write_tree(tmp_path / "images")
+    build_dataset(str(source), tmp_path / "one")
+    calls: list[tuple[int, int]] = []
+    build_dataset(
+        str(source),
+        tmp_path / "several",
+        num_processes=num_processes,
+        on_progress=lambda done, total: calls.append((done, total)),
+    )
+    assert stored_files(tmp_path / "one") == stored_files(tmp_path / "several")
+    assert calls[-1] == (48, 48)
+    assert calls == sorted(calls)
+
+
+def test_images_that_do_not_decode_are_named_and_counted_over_processes(tmp_path: Path) -> None:
+    source = write_tree(tmp_path / "images")
+    for name in ("train/ant/0.png", "train/bee/1.png", "train/cat/2.png", "val/cat/1.png"):
+        (source / name).write_text("not an image")
+    with pytest.raises(InvalidInputError, match=r"; and 1 more: 4 of 48 images do not decode"):
+        build_dataset(str(source), tmp_path / "data", num_processes=2)
+    assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_too_little_room_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
