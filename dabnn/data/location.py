@@ -9,7 +9,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 from dabnn.data import remote
 from dabnn.data.remote import NotThereError, is_url, shown
-from dabnn.errors import DabError, InvalidInputError
+from dabnn.errors import InvalidInputError
 
 SCHEMES = ("file", "http", "https", "s3")
 
@@ -70,20 +70,16 @@ class Location:
 
         Raises:
             FileNotFoundError: There is no such file.
-            DabError: It cannot be read.
+            OSError: A file of this machine cannot be read.
+            DabError: The server refuses, or does not answer.
         """
         place = Location.of(self.child(name))
-        if not place.is_local:
-            try:
-                return remote.read_bytes(place.place, retry_s)
-            except NotThereError as error:
-                raise FileNotFoundError(str(error)) from None
-        try:
+        if place.is_local:
             return place.path.read_bytes()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise DabError(f"{place}: cannot be read: {error.strerror}") from error
+        try:
+            return remote.read_bytes(place.place, retry_s)
+        except NotThereError as error:
+            raise FileNotFoundError(str(error)) from None
 
     def __str__(self) -> str:
         return shown(self.place)

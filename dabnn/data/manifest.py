@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dabnn.data.location import Location
+from dabnn.data.remote import shown
 from dabnn.errors import DabError, InvalidInputError
 
 MANIFEST_NAME = "manifest.json"
@@ -165,7 +167,7 @@ def load_manifest(root: Path | str) -> Manifest:
     """Reads the manifest of a dataset.
 
     Args:
-        root: The dataset's folder.
+        root: The dataset's folder or URL.
 
     Returns:
         The manifest.
@@ -175,13 +177,15 @@ def load_manifest(root: Path | str) -> Manifest:
             another format version.
         DabError: The manifest is damaged or cannot be read.
     """
-    path = Path(root) / MANIFEST_NAME
+    location = Location.of(root)
+    path = shown(location.child(MANIFEST_NAME))
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(location.read_bytes(MANIFEST_NAME))
     except (FileNotFoundError, NotADirectoryError):
-        raise InvalidInputError(
-            f"{root}: no {MANIFEST_NAME}, so no complete dataset; write one with `dab data build SRC {root}`"
-        ) from None
+        how = f"write one with `dab data build SRC {root}`"
+        if not location.is_local:
+            how = "write one with `dab data build SRC FOLDER` and upload the whole folder"
+        raise InvalidInputError(f"{location}: no {MANIFEST_NAME}, so no complete dataset; {how}") from None
     except PermissionError:
         raise DabError(
             f"{path}: permission denied; make the folder and its files readable for the user that runs this"

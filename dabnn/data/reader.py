@@ -148,6 +148,11 @@ class SampleReader:
         if wanted:
             self._prefetcher.want([self._wanted(number) for number in wanted])
 
+    def require_room(self, window: int) -> None:
+        """Raises `InvalidInputError` if shards are fetched and the cache does not hold those of a window of samples."""
+        if any(self._is_remote(number) for number in range(len(self._shards))):
+            self._cache.require_room(self._shards, window)
+
     def describe(self, index: int) -> str:
         """Returns a sample's shard, key, and file name at the source, for messages."""
         number = bisect_right(self._bounds, index) - 1

@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO, IOBase
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dabnn.data import remote
-from dabnn.data.manifest import Shard, Split
+from dabnn.data.manifest import Shard
 from dabnn.data.remote import Patience, shown
 from dabnn.errors import DabError, InvalidInputError
 
@@ -158,25 +158,26 @@ class ShardCache:
         self._keep(path, text)
         return text
 
-    def require_room(self, split: Split, window: int) -> None:
+    def require_room(self, shards: Sequence[Shard], window: int) -> None:
         """Refuses a cache that does not hold the shards that are read in turn.
 
         Args:
-            split: What will be read.
+            shards: What will be read.
             window: Samples that are mixed with each other, so that their shards are all in use at once.
 
         Raises:
             InvalidInputError: It would drop shards that are needed next, and fetch each of them again and again.
         """
-        largest = max((shard.num_bytes for shard in split.shards), default=0)
-        mean_samples = max(split.num_samples / max(len(split.shards), 1), 1)
-        num_shards = min(int(window / mean_samples) + 2, len(split.shards))
-        needed = min(num_shards * largest, split.num_bytes)
+        if not shards:
+            return
+        mean_samples = sum(shard.num_samples for shard in shards) / len(shards)
+        num_shards = min(int(window / max(mean_samples, 1)) + 2, len(shards))
+        needed = sum(sorted((shard.num_bytes for shard in shards), reverse=True)[:num_shards])
         if needed > self.max_bytes:
             raise InvalidInputError(
                 f"data.cache_gb: {self.max_bytes / _GB:g} GB, but {window} samples that are mixed with each other "
-                f"(data.window) lie in {num_shards} shards of up to {largest / _GB:.3g} GB, so shards would be fetched "
-                f"again and again; use at least {needed / _GB:.3g}, better twice that, or a smaller data.window"
+                f"(data.window) lie in {num_shards} shards of up to {needed / _GB:.3g} GB together, so shards would be "
+                f"fetched again and again; use at least {needed / _GB:.3g}, better twice that, or a smaller data.window"
             )
 
     def _file(self, shard: Shard) -> Path:

@@ -244,7 +244,9 @@ def open_stream(
         shuffle=shuffle,
         window=window,
     )
-    pipeline = Pipeline(SampleReader(root, entry, len(manifest.classes), cache), transform or _plain(manifest), seed)
+    stored = SampleReader(root, entry, len(manifest.classes), cache)
+    stored.require_room(window if shuffle else 1)
+    pipeline = Pipeline(stored, transform or _plain(manifest), seed)
     reader = BatchReader(pipeline, is_training=shuffle, tolerates_bad=max_bad_fraction > 0, is_finished=device is None)
     stream = Stream(
         plan,
