@@ -329,6 +329,13 @@ class _PickledArray:
         self.values = np.frombuffer(data, np.uint8).reshape(shape, order="F" if is_fortran else "C")
 
 
+def _from_buffer(data: object, kind: object, shape: object, order: object) -> _PickledArray:
+    """Stands for `numpy.core.numeric._frombuffer`, by which NumPy writes arrays from pickle protocol 5 on."""
+    array = _PickledArray()
+    array.__setstate__((1, shape, kind, order == "F", data))
+    return array
+
+
 def _encode(text: object, encoding: object = "latin1") -> bytes:
     """Stands for `_codecs.encode`, by which Python 3 writes bytes for Python 2."""
     if not isinstance(text, str) or encoding not in (b"latin1", "latin1"):
@@ -337,10 +344,11 @@ def _encode(text: object, encoding: object = "latin1") -> bytes:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Finds the four names that a pickled array of bytes has, and gives none of them the meaning that NumPy would."""
+    """Finds the names that a pickled array of bytes has, and gives none of them the meaning that NumPy would."""
 
     _KNOWN: Mapping[tuple[str, str], Any] = {
         ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
+        ("numpy.core.numeric", "_frombuffer"): _from_buffer,
         ("numpy", "ndarray"): "numpy.ndarray",
         ("numpy", "dtype"): _PickledType,
         ("_codecs", "encode"): _encode,
@@ -350,7 +358,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         """Returns what stands for a name.
 
         Raises:
-            UnpicklingError: The name is none of the four.
+            UnpicklingError: The name is another.
         """
         known = self._KNOWN.get((module.replace("numpy._core", "numpy.core"), name))
         if known is None:
