@@ -104,8 +104,8 @@ class RunFolder:
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics that a person is shown: those of the run, without those of single layers."""
-    return {key: value for key, value in metrics.items() if "/" not in key}
+    """Return the metrics that a person is shown: those of the run, without those of single layers and the digest."""
+    return {key: value for key, value in metrics.items() if "/" not in key and key != "sample_order"}
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,15 +32,18 @@ import torch.distributed as dist
 from dabnn.agreement import is_agreed
 from dabnn.checkpoints import Checkpoint, CheckpointWriter, Moment, load_state, restore_point, stage_end, weights_sha256
 from dabnn.data import Batch, Stream, load_manifest
+from dabnn.data.bad_samples import BadSamples
 from dabnn.diagnose import Place, not_finite_parameter
 from dabnn.distributed import COLLECTIVE_TIMEOUT_S, World, deterministic, seed_step
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.evaluate import Totals, count
 from dabnn.learner import Learner
 from dabnn.models import Network
+from dabnn.observer import Observer, Silent
 from dabnn.run_folder import RunFolder, headline
 from dabnn.spec import StageSpec, TrainSpec
-from dabnn.splits import open_split
+from dabnn.splits import check_order, open_split, order_settings
+from dabnn.tally import Tally, bad_over
 from dabnn.transfer import load_trained
 from dabnn.verdict import Verdict, verdict
 
@@ -50,20 +53,6 @@ PROGRESS_INTERVAL_S = 1.0
 STAGE_TEACHER = "stage:"
 _DIVERGED_ADVICE = "Lower optim.max_lr or raise schedule.warmup_epochs."
 _BITS_ADVICE = "`dab resume` goes on from the last checkpoint; if it happens again, test the memory of that machine."
-
-
-class Observer(Protocol):
-    """Who is told about a finished epoch. Called on every rank, in step, so it may communicate."""
-
-    def epoch_finished(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Take the metrics of the epoch; `epoch` counts finished epochs, from 1."""
-
-
-class Silent:
-    """An observer that does nothing: the run's folder holds the record anyway."""
-
-    def epoch_finished(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ class _Loop:
         self.learner: Learner
         self.streams: list[Stream] = []
         self.writer = CheckpointWriter(folder.checkpoints, spec.checkpoint)
-        self.position, self.totals, self.metrics = Position(), Totals(), dict[str, float]()
+        self.position, self.tally, self.metrics = Position(), Tally(), dict[str, float]()
         self._started, self._seen, self._progress_time = 0.0, 0, 0.0
         self._error: DabError | None = None
         self._last_loss, self._saved_step = 0.0, -1
@@ -283,7 +272,8 @@ class _Loop:
         logits, losses, self._last_loss = self.learner.step(
             images, labels, epoch=epoch, step_in_epoch=position.step_in_epoch, num_samples=batch.global_size
         )
-        self.totals.add(logits, labels, losses)
+        self.tally.add(batch, logits, labels, losses, epoch=position.epoch, step=position.step_in_epoch)
+        self._check_bad(self.tally.bad, self.train_stream)  # rank 0 also counts those of before the run was resumed
         self._seen += batch.global_size
         position.step_in_epoch += 1
         position.step += 1
@@ -291,8 +281,10 @@ class _Loop:
     def _finish_epoch(self, is_stopping: bool) -> str:
         """Validate, record and save; return why the run cannot go on, or nothing."""
         duration_s = time.monotonic() - self._started
-        metrics = self.totals.over(self.world).metrics("train_")
-        self.totals = Totals()
+        tally, self.tally = self.tally.over(self.world), Tally()
+        if self.world.is_main:  # one rank tells what all of them have
+            self._check_bad(tally.bad, self.train_stream)
+        metrics = tally.metrics(tolerates_bad=self.spec.data.max_bad_fraction > 0)
         layers = self._measure()
         metrics |= self._validate()
         decision, reason = self._agree()
@@ -333,7 +325,19 @@ class _Loop:
                 totals = count(net, batches, self.world.device)
             except DabError as error:  # not raised here: the other ranks would wait for this one in the next all-reduce
                 self._error = error
-        return totals.over(self.world).metrics("val_")
+        metrics = totals.over(self.world).metrics("val_")
+        if self.spec.data.max_bad_fraction > 0:
+            bad = bad_over(self.val_stream.bad, self.world)
+            if self.world.is_main:
+                self._check_bad(bad, self.val_stream)
+            metrics["val_bad_samples"] = float(bad.num)
+        return metrics
+
+    def _check_bad(self, bad: BadSamples, stream: Stream) -> None:
+        try:
+            bad.check(stream.num_samples, self.spec.data.max_bad_fraction)
+        except DabError as error:  # not raised here: the other ranks would wait for this one in the next all-reduce
+            self._error = error
 
     def _save_if_due(self) -> None:
         every = self.spec.checkpoint.every_steps
@@ -343,7 +347,7 @@ class _Loop:
 
     def _save(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint of the current position; every rank must call it, rank 0 writes."""
-        totals, instruments = self.totals.over(self.world), self.learner.instruments.state(self.world)
+        tally, instruments = self.tally.over(self.world), self.learner.instruments.state(self.world)
         self._saved_step = self.position.step
         if not self.world.is_main or self._error is not None:
             return
@@ -351,10 +355,11 @@ class _Loop:
             text = f"weights: not finite after step {self.position.step} ({problem}). {_DIVERGED_ADVICE}"
             self._error = DabError(text)
             return
-        state = self.learner.state() | {
+        state = self.learner.state() | tally.state()
+        state |= {
             "model": asdict(self.learner.net.spec),
             "position": asdict(self.position),
-            "totals": asdict(totals),
+            "order_settings": order_settings(self.spec),
             "instruments": instruments,
             "metrics": metrics or self.metrics,
             "data_digest": self.data_digest,
@@ -375,7 +380,7 @@ class _Loop:
         self.learner = self._make_learner()
         self.train_stream = self._open("train")
         self.val_stream = self._open("val")
-        self.data_digest = load_manifest(Path(self.spec.data.train)).digest
+        self.data_digest = load_manifest(self.spec.data.train).digest
         if found:
             self._continue(found, state)
         elif self.spec.init_from:
@@ -388,12 +393,14 @@ class _Loop:
                 f"{self.data_digest[:12]}, the checkpoint has {state['data_digest'][:12]}). Restore the data set, or "
                 "start a new run."
             )
+        if self.position.step_in_epoch:
+            check_order(self.spec, state.get("order_settings", {}))
         self.learner.load(state, found.path)
         self._saved_step = found.step
         self.metrics = state["metrics"]
         self.learner.instruments.restore(state.get("instruments", {}), is_main=self.world.is_main)
         if self.world.is_main:  # the sums are over all ranks already
-            self.totals = Totals(**state["totals"])
+            self.tally = Tally.from_state(state)
         _log.info("resumed from %s (epoch %d, step %d)", found.path, self.position.epoch, self.position.step)
 
     def _report_progress(self) -> None:

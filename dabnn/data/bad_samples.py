@@ -3,14 +3,9 @@
 They are left out of their steps, in which they weigh nothing. None is tolerated unless a run says so.
 """
 
-import logging
 from dataclasses import dataclass
 
 from dabnn.errors import DabError
-
-_MAX_LOGGED = 5  # of an epoch; the metric counts all
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,10 +22,10 @@ class BadSamples:
     num: int = 0
     first: str = ""
 
-    def add(self, bad: tuple[str, ...]) -> None:
-        """Count what a batch left out; the first ones are logged."""
-        for description in bad[: max(_MAX_LOGGED - self.num, 0)]:
-            _log.warning("%s; the sample is left out", description)
+    def add(self, epoch: int, bad: tuple[str, ...]) -> None:
+        """Count what a batch of an epoch left out; another epoch begins from none."""
+        if epoch != self.epoch:
+            self.epoch, self.num, self.first = epoch, 0, ""
         self.first = self.first or next(iter(bad), "")
         self.num += len(bad)
 

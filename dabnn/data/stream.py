@@ -4,6 +4,7 @@ What a step holds is decided by `order` alone, `requests` puts that into words, 
 or ahead of it in others. docs/stream.md says what is promised and why it holds.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,9 @@ from dabnn.data.transforms import Transform, make_transform
 from dabnn.errors import DabError, InvalidInputError
 
 DEFAULT_WINDOW = 65536
+_MAX_LOGGED = 5  # bad samples of an epoch and rank; the metric counts all
+
+_log = logging.getLogger(__name__)
 
 
 def _no_indices() -> Tensor:
@@ -67,6 +71,7 @@ class Stream:
     Attributes:
         num_steps: Batches of this rank in an epoch.
         num_samples: Samples in an epoch over all ranks.
+        bad: Samples of this rank that could not be decoded, among those read in the last epoch that was read.
     """
 
     def __init__(
@@ -84,7 +89,7 @@ class Stream:
         self.num_samples = num_samples
         self._plan, self._device, self._transform = plan, device, reader.pipeline.transform
         self._is_finished = reader.is_finished
-        self._bad, self._max_bad_fraction = BadSamples(), max_bad_fraction
+        self.bad, self._max_bad_fraction = BadSamples(), max_bad_fraction
         self._next = (0, 0)
         requests = Requests(plan, reader.pipeline.reader)
         self._loaders: Loaders | None = Loaders(reader, requests, num_loaders)
@@ -166,10 +171,10 @@ class Stream:
         )
 
     def _count_bad(self, answer: Answer, epoch: int) -> None:
-        if epoch != self._bad.epoch:
-            self._bad = BadSamples(epoch)
-        self._bad.add(answer.bad)
-        self._bad.check(self.num_samples, self._max_bad_fraction)
+        for description in answer.bad[: max(_MAX_LOGGED - self.bad.num, 0)]:
+            _log.warning("%s; the sample is left out", description)
+        self.bad.add(epoch, answer.bad)
+        self.bad.check(self.num_samples, self._max_bad_fraction)
 
 
 def open_stream(
