@@ -282,7 +282,9 @@ def export(
 @app.command("evaluate", epilog="Example: dab evaluate model.safetensors --data digits")
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN-or-FILE", help="A run, or a packed model.")],
-    data: Annotated[Path | None, typer.Option(help="Dataset whose split val is used; a file needs one.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="URL", help="Folder or URL of the dataset; its split val is used.")
+    ] = None,
     ten_crop: Annotated[
         bool | None,
         typer.Option(

@@ -41,8 +41,8 @@ def export(
     checkpoint: str | Path,
     file: Path,
     *,
-    train_data: Path,
-    val_data: Path,
+    train_data: Path | str,
+    val_data: Path | str,
     transform: str = "auto",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -57,8 +57,8 @@ def export(
     Args:
         checkpoint: Checkpoint of the trained network.
         file: The packed file; its folder is created.
-        train_data: Dataset that the normalisation comes from.
-        val_data: Dataset whose split `val` is compared on.
+        train_data: Folder or URL of the dataset that the normalisation comes from.
+        val_data: Folder or URL of the dataset whose split `val` is compared on.
         transform: Name of the transform that the network was trained with.
         mean: Fixed mean that it was trained with, per channel, or None for that of the data.
         std: Fixed standard deviation that it was trained with, per channel, or None.
@@ -101,7 +101,7 @@ def evaluate_on(
     model: Callable[[Tensor], Tensor],
     spec: ModelSpec,
     normalization: Normalization,
-    data: Path,
+    data: Path | str,
     *,
     classes: Sequence[str] | None = None,
     ten_crop: bool = False,
@@ -129,7 +129,7 @@ def evaluate_on(
     return totals.metrics("") | {"num_samples": int(totals.num_samples)}
 
 
-def _check_classes(data: Path, num_classes: int, classes: Sequence[str] | None) -> None:
+def _check_classes(data: Path | str, num_classes: int, classes: Sequence[str] | None) -> None:
     found = load_manifest(data).classes
     if len(found) != num_classes:
         difference = f"has {len(found)} classes, the network tells {num_classes} apart"
@@ -142,7 +142,12 @@ def _check_classes(data: Path, num_classes: int, classes: Sequence[str] | None) 
 
 
 def val_batches(
-    data: Path, spec: ModelSpec, normalization: Normalization, batch_size: int, *, ten_crop: bool = False
+    data: Path | str,
+    spec: ModelSpec,
+    normalization: Normalization,
+    batch_size: int,
+    *,
+    ten_crop: bool = False,
 ) -> Iterator[Batch]:
     """Yield the split `val` of a dataset in order, prepared as for evaluation; images are their ten crops if asked."""
     made = make_transform(
@@ -191,7 +196,7 @@ def _predict_one(packed: PackedModel, made: Any, names: Sequence[str], image: Pa
 
 
 def prepare(
-    train_data: Path,
+    train_data: Path | str,
     spec: ModelSpec,
     transform: str = "auto",
     mean: Sequence[float] | None = None,

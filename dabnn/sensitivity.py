@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +38,7 @@ from dabnn.layers import BinaryConv2d, LayerOptions
 from dabnn.models import ModelSpec, Network
 from dabnn.plans import numbered_convs
 from dabnn.quantizers import subtract_center
+from dabnn.splits import shard_cache
 from dabnn.spec import DataSpec
 
 NUM_BN_BATCHES = 8
@@ -92,7 +92,7 @@ class Samples:
 
     def _batches(self, spec: ModelSpec, split: str) -> Iterator[Batch]:
         is_training, data = split == "train", self.data
-        image = load_manifest(Path(data.train)).image
+        image = load_manifest(data.train).image
         mean, std = normalization_for(data.transform, image, spec.in_channels, data.mean, data.std)
         transform = make_transform(
             data.transform,
@@ -102,9 +102,15 @@ class Samples:
             std=std,
             training=is_training,
         )
-        root = Path(data.train if is_training else data.val)
-        batch_size = data.batch_size if is_training else data.eval_batch_size
-        with open_stream(root, split, batch_size=batch_size, seed=self.seed, transform=transform) as stream:
+        with open_stream(
+            data.train if is_training else data.val,
+            split,
+            batch_size=data.batch_size if is_training else data.eval_batch_size,
+            seed=self.seed,
+            transform=transform,
+            window=data.window,
+            cache=shard_cache(data),
+        ) as stream:
             yield from stream.epoch(0)
 
 

@@ -130,7 +130,7 @@ def export(uri: str | None, reference: str, file: Path, *, half: bool, say: Say)
 def evaluate(
     uri: str | None,
     target: str,
-    data: Path | None,
+    data: str | None,
     *,
     ten_crop: bool | None = None,
     on_batch: deliver.OnBatch,

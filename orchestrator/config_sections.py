@@ -162,9 +162,9 @@ class Augment(Section):
 class Data(Section):
     """Samples and batches."""
 
-    train: str = Field(min_length=1, description="folder made by `dab data build`; its split train is learned from")
+    train: str = Field(min_length=1, description="folder or URL (s3, http, https) of what `dab data build` made; its split train is learned from")
     val: str | None = Field(
-        default=None, min_length=1, description="folder whose split val measures accuracy; null: the one of data.train"
+        default=None, min_length=1, description="folder or URL whose split val measures accuracy; null: data.train"
     )
     batch_size: int = Field(default=256, ge=2, description="samples of one optimizer step over all workers")
     eval_batch_size: int = Field(default=64, ge=1, description="samples of one evaluation batch on one worker")

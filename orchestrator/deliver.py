@@ -36,8 +36,8 @@ def export_run(uri: str, reference: str, file: Path, *, half: bool = False) -> d
     verification, packed, file_bytes = deliver.export(
         checkpoint.path,
         file,
-        train_data=Path(data.train),
-        val_data=Path(data.val or data.train),
+        train_data=data.train,
+        val_data=data.val or data.train,
         transform=data.transform,
         mean=data.mean,
         std=data.std,
@@ -57,12 +57,14 @@ def export_run(uri: str, reference: str, file: Path, *, half: bool = False) -> d
     return result
 
 
-def evaluate_file(file: Path, data: Path, on_batch: OnBatch | None = None, *, ten_crop: bool = False) -> dict[str, Any]:
+def evaluate_file(
+    file: Path, data: Path | str, on_batch: OnBatch | None = None, *, ten_crop: bool = False
+) -> dict[str, Any]:
     """Evaluate a packed file on the split `val` of a dataset; return the keys that `dab evaluate --json` prints.
 
     Args:
         file: The packed file.
-        data: The dataset.
+        data: Folder or URL of the dataset.
         on_batch: Told how many images of how many were evaluated.
         ten_crop: Whether to average the answers to ten crops of each image.
 
@@ -76,14 +78,14 @@ def evaluate_file(file: Path, data: Path, on_batch: OnBatch | None = None, *, te
 
 
 def evaluate_run(
-    uri: str, reference: str, data: Path | None, on_batch: OnBatch | None = None, *, ten_crop: bool | None = None
+    uri: str, reference: str, data: str | None, on_batch: OnBatch | None = None, *, ten_crop: bool | None = None
 ) -> dict[str, Any]:
     """Evaluate the best checkpoint of a run on `data`, or on its own validation data.
 
     Args:
         uri: The tracking store.
         reference: The run.
-        data: A dataset, or None.
+        data: Folder or URL of a dataset, or None.
         on_batch: Told how many images of how many were evaluated.
         ten_crop: Whether to average the answers to ten crops of each image; None as the run was configured.
 
@@ -94,9 +96,9 @@ def evaluate_run(
     config = Job.load(folder_of(record).root).parsed_config()
     net = deliver.load_trained(best_checkpoint(folder_of(record).checkpoints).path)
     trained_on = config.data
-    train = Path(trained_on.train)
+    train = trained_on.train
     normalization = deliver.prepare(train, net.spec, trained_on.transform, trained_on.mean, trained_on.std)
-    place = data or Path(trained_on.val or trained_on.train)
+    place = data or trained_on.val or trained_on.train
     ten_crop = trained_on.ten_crop if ten_crop is None else ten_crop
     return _evaluate(net, net.spec, normalization, load_manifest(train).classes, place, ten_crop, on_batch)
 
@@ -114,7 +116,7 @@ def _evaluate(
     spec: ModelSpec,
     normalization: Normalization,
     classes: Sequence[str] | None,
-    data: Path,
+    data: Path | str,
     ten_crop: bool,
     on_batch: OnBatch | None,
 ) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from typing import Any
 
 from dabnn.checkpoints import load_state
 from dabnn.data import Manifest, load_manifest
+from dabnn.data.location import Location
 from dabnn.data.reader import verify_sizes
+from dabnn.data.remote import is_url, shown
 from dabnn.errors import InvalidInputError
 from dabnn.models import ModelTable, build, describe
 from dabnn.options import LayerOptions
@@ -48,13 +50,14 @@ def resolve(config: Config, find_run: Callable[[str], str] | None = None) -> Con
         InvalidInputError: A data set or a shard is missing or truncated, classes differ, the model or a layer of a plan
             does not exist, or weights are those of another architecture.
     """
-    for field, place in (("storage", config.storage), ("data.train", config.data.train), ("data.val", config.data.val)):
-        if place is not None and "://" in place:
-            raise InvalidInputError(
-                f"{field}: {place} is a URL; this version reads and writes folders only. Name a folder that every node "
-                "sees."
-            )
-    train, val = (load_manifest(Path(path)) for path in (config.data.train, config.data.val or config.data.train))
+    if config.storage is not None and is_url(config.storage):
+        raise InvalidInputError(
+            f"storage: {shown(config.storage)} is a URL; this version writes to folders only. Name a folder that every "
+            "node sees."
+        )
+    _check_place("data.train", config.data.train)
+    _check_place("data.val", config.data.val or config.data.train)
+    train, val = (load_manifest(place) for place in (config.data.train, config.data.val or config.data.train))
     if train.classes != val.classes:
         raise InvalidInputError(
             f"data.val: {config.data.val} has {len(val.classes)} classes, data.train {len(train.classes)}, or others. "
@@ -66,7 +69,7 @@ def resolve(config: Config, find_run: Callable[[str], str] | None = None) -> Con
                 f"data.{split}: the data set has no split {split!r}, only {', '.join(manifest.splits)}."
             )
         place = config.data.train if split == "train" else config.data.val or config.data.train
-        verify_sizes(Path(place), manifest.split(split))
+        verify_sizes(place, manifest.split(split))
     num_classes = len(train.classes)
     if config.model.num_classes not in (None, num_classes):
         raise InvalidInputError(
@@ -78,6 +81,19 @@ def resolve(config: Config, find_run: Callable[[str], str] | None = None) -> Con
     resolved = with_files(resolved, lambda name: _weights_file(name, find_run), _plan_of)
     _check_weights(train_spec(resolved))
     return resolved
+
+
+def _check_place(field: str, place: str) -> None:
+    """Refuse a URL that cannot be read, or that would bring a secret into the run's records."""
+    try:
+        Location.of(place)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{field}: {error}") from None
+    if is_url(place) and ("?" in place or "#" in place):
+        raise InvalidInputError(
+            f"{field}: {shown(place)} has a part after the path, such as a signature, which would be kept in the run's "
+            "records. Name the folder alone; s3:// takes credentials from the environment of each node."
+        )
 
 
 def _weights_file(name: str, find_run: Callable[[str], str] | None) -> str:
@@ -111,7 +127,7 @@ def model_table(config: Config) -> ModelTable:
 
 def manifest_of(config: Config) -> Manifest:
     """Return the manifest of the training data."""
-    return load_manifest(Path(config.data.train))
+    return load_manifest(config.data.train)
 
 
 def train_spec(config: Config) -> TrainSpec:

@@ -188,7 +188,8 @@ def log_dataset(uri: str, run_id: str, digest: str, path: str, context: str) -> 
 
     source, profile = json.dumps({"uri": path}), json.dumps({"manifest_sha256": digest})
     name = path.rstrip("/").rpartition("/")[2] or "data"
-    dataset = Dataset(name, digest[:_MAX_DIGEST_CHARS], source_type="local", source=source, profile=profile)
+    kind = path.partition("://")[0] if "://" in path else "local"
+    dataset = Dataset(name, digest[:_MAX_DIGEST_CHARS], source_type=kind, source=source, profile=profile)
     with connected(uri) as client:
         client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 

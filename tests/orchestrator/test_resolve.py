@@ -94,6 +94,22 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_with_both_sizes(digi
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("field", ["storage", "data.train", "data.val"])
-def test_a_url_is_refused_instead_of_becoming_a_folder(field: str, digits: Path) -> None:
-    assert refusal(digits, f"{field}=s3://bucket/x").startswith(f"{field}: s3://bucket/x is a URL")
+def test_a_url_is_refused_as_storage_instead_of_becoming_a_folder(digits: Path) -> None:
+    assert refusal(digits, "storage=s3://bucket/x").startswith("storage: s3://bucket/x is a URL")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("ftp://host/x", "ftp://host/x: ftp:// is not read; use one of file, http, https, s3"),
+        ("https://me:secret@host/x", "https://host/x: holds a user name or password"),
+        ("https://host/x?X-Amz-Signature=secret", "https://host/x?*** has a part after the path"),
+    ],
+)
+@pytest.mark.parametrize("field", ["data.train", "data.val"])
+def test_a_url_that_cannot_be_read_or_holds_a_secret_is_refused(
+    field: str, place: str, message: str, digits: Path
+) -> None:
+    found = refusal(digits, f"{field}={place}")
+    assert found.startswith(f"{field}: {message}")
+    assert "secret" not in found
