@@ -38,8 +38,8 @@ from dabnn.layers import BinaryConv2d, LayerOptions
 from dabnn.models import ModelSpec, Network
 from dabnn.plans import numbered_convs
 from dabnn.quantizers import subtract_center
-from dabnn.splits import shard_cache
 from dabnn.spec import DataSpec
+from dabnn.splits import shard_cache
 
 NUM_BN_BATCHES = 8
 

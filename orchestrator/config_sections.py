@@ -162,7 +162,10 @@ class Augment(Section):
 class Data(Section):
     """Samples and batches."""
 
-    train: str = Field(min_length=1, description="folder or URL (s3, http, https) of what `dab data build` made; its split train is learned from")
+    train: str = Field(
+        min_length=1,
+        description="folder or URL (s3, http, https) of what `dab data build` made; its split train is learned from",
+    )
     val: str | None = Field(
         default=None, min_length=1, description="folder or URL whose split val measures accuracy; null: data.train"
     )
