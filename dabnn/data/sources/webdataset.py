@@ -79,16 +79,12 @@ def _list_shard(root: Path, file: Path) -> tuple[list[Record], int]:
     shard = file.relative_to(root).as_posix()
     records = []
     num_passed_over = 0
-    seen = set()
     files = (member for member in scan_tar(file) if not member.name.endswith("/"))
     for key, members in groupby(files, key=lambda member: _key(member.name)):
         image, label, num_others = _sample(file, key, members)
         num_passed_over += num_others
         if image is None or label is None:
             continue
-        if key in seen:
-            raise InvalidInputError(f"{file}: has two samples with the key {key!r}; write the shard anew")
-        seen.add(key)
         number = _read_label(file, key, label)
         name, extension = f"{shard}/{image.name}", extension_of(image.name)
         records.append(Record(name, number, extension, image.num_bytes, (shard, image.offset)))
