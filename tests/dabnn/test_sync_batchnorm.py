@@ -20,7 +20,7 @@ from dabnn.sync_batchnorm import synchronize
 dist.init_process_group("gloo")
 world = World.current()
 images, weights = torch.load(sys.argv[1])
-net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
+net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3, affine=False))
 names = list(net.state_dict())
 synchronize(net, world)
 assert list(net.state_dict()) == names
@@ -44,7 +44,7 @@ def whole_and_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple, li
     (folder / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*command, str(folder / "ranks.py"), str(folder / "batch")], cwd=ROOT, env=environment(), check=True)
-    net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3, affine=False))
     x = images.clone().requires_grad_()
     (net(x) * weights).sum().backward()
     whole = x.grad, [parameter.grad for parameter in net.parameters()], net.state_dict()
