@@ -31,6 +31,9 @@ from dabnn.spec import CheckpointPolicy
 _log = logging.getLogger(__name__)
 
 BEST_METRIC = "val_top1"
+# Without these a checkpoint says nothing of its network.
+_NEEDED = ("net", "model")
+_NUM_KEYS_TOLD = 6
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,29 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """Load what `CheckpointWriter.save` was given, tensors on the CPU, without running any code of the file.
 
     Raises:
-        InvalidInputError: The file is missing or is no checkpoint.
+        InvalidInputError: The file is missing or is no checkpoint, which holds `net` and `model` at least.
     """
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise InvalidInputError(f"{path}: no readable checkpoint ({error}).") from error
+    missing = [key for key in _NEEDED if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise InvalidInputError(
+            f"{path}: no checkpoint of a run: it holds {_contents(state, missing)}. Name a step-*.pt in the folder "
+            "checkpoints of a run."
+        )
+    return dict(state)
+
+
+def _contents(state: object, missing: Sequence[str]) -> str:
+    """Return in words what a file that is no checkpoint holds."""
+    if not isinstance(state, dict):
+        return f"a {type(state).__name__}"
+    if not state:
+        return "nothing"
+    more = ["..."] if len(state) > _NUM_KEYS_TOLD else []
+    return f"{', '.join([*map(str, list(state)[:_NUM_KEYS_TOLD]), *more])} and no {' or '.join(missing)}"
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:

@@ -110,8 +110,8 @@ def save_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, bat
     """Write what the step was computed from, to be read with `torch.load(path, weights_only=True)`.
 
     A dictionary: `net` and `optimizer` (state dictionaries; the weights are those that the step began with, while the
-    statistics of BatchNorm have seen the batch), `images`, `labels`, `indices` (of the
-    samples in the split), `global_size`, and the fields of `place`.
+    statistics of BatchNorm have seen the batch, and the warm searches, `threshold` and `num_searches`, are a step on),
+    `images`, `labels`, `indices` (of the samples in the split), `global_size`, and the fields of `place`.
 
     Raises:
         OSError: It cannot be written.

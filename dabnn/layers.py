@@ -255,7 +255,8 @@ class BinaryConv2d(nn.Conv2d):
         parts = self._split(centered, self.weight_quantizer)
         threshold, alpha, beta = (part.detach() for part in parts)
         if self.keeps_step_code:
-            self.step_code = centered.detach() >= threshold.view(-1, 1, 1, 1), alpha, beta
+            # Copies: learned alpha and beta are the parameters, which the step is about to change.
+            self.step_code = centered.detach() >= threshold.view(-1, 1, 1, 1), alpha.clone(), beta.clone()
         if self.options.gradient == "reference":
             return two_valued_reference(self.weight, centered, threshold, alpha, beta)
         if self.options.gradient == "means":

@@ -78,13 +78,13 @@ class Learner:
         self._model: nn.Module = self.net
         self.is_finite = True
 
-    def start_from(self, weights: Mapping[str, Tensor], source: str) -> None:
+    def start_from(self, state: Mapping[str, Any], source: str) -> None:
         """Take over the weights of the stage before, or of another run; see `dabnn.transfer`.
 
         Raises:
             InvalidInputError: They are those of another architecture.
         """
-        transfer(weights, self.net, source)
+        transfer(state, self.net, source)
         self.average = self._new_average()
 
     def connect(self) -> None:
@@ -210,7 +210,8 @@ class Learner:
         """Continue from what `state` returned.
 
         Raises:
-            InvalidInputError: It is that of another architecture, or was saved with another use of the average.
+            InvalidInputError: It is that of another architecture, or was saved with another use of the average or
+                another optimizer.
         """
         check_same(state["model"], self.net.spec, source)
         if ("latest" in state) != (self.average is not None):
@@ -222,7 +223,13 @@ class Learner:
         self.net.load_state_dict(state.get("latest", state["net"]))
         if self.average is not None:
             self.average.load(state["net"], state["num_updates"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:  # torch's own for parameter groups of another number or size
+            raise InvalidInputError(
+                f"{source}: its optimizer does not fit the run's ({error}). Resume with the configuration that the run "
+                "began with, or start a new run with these weights: train.init_from."
+            ) from error
 
     def _new_average(self) -> Average | None:
         return None if self._decay is None else Average(self.net, self._decay)

@@ -33,10 +33,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     r"""BatchNorm over the samples of all ranks of the default process group.
 
     Training, for inputs x of shape (n, C, H, W) on each rank, with N = sum over ranks of n H W: mean = sum x / N and
-    var = sum (x - mean)^2 / N a channel, sums over all ranks; y = (x - mean) / sqrt(var + eps) * weight + bias, the last
-    two only where it is affine; the running variance takes var N / (N - 1). The gradient is the exact one through both
-    sums, which makes it a collective operation too. Evaluation is the parent's. Ioffe and Szegedy, arXiv 1502.03167,
-    algorithm 1.
+    var = sum (x - mean)^2 / N a channel, sums over all ranks; y = (x - mean) / sqrt(var + eps) * weight + bias, the
+    last two only where it is affine; the running variance takes var N / (N - 1). The gradient is the exact one through
+    both sums, which makes it a collective operation too. Evaluation is the parent's. Ioffe and Szegedy, arXiv
+    1502.03167, algorithm 1.
     """
 
     @classmethod

@@ -198,11 +198,12 @@ class _Loop:
     def _next_stage(self) -> str:
         """Begin the stage after the one that is over, with its weights; return why that cannot be, or nothing."""
         weights = {name: tensor.clone() for name, tensor in self.learner.evaluated().items()}
+        state = {"net": weights, "model": asdict(self.learner.net.spec)}
         self.position.stage += 1
 
         def begin() -> None:
             self.learner = self._make_learner()
-            self.learner.start_from(weights, f"stage {self.stage.name}")
+            self.learner.start_from(state, f"stage {self.stage.name}")
 
         # A teacher may be the checkpoint that is being written.
         reason = self._together(self.writer.wait) or self._together(begin)
@@ -384,7 +385,7 @@ class _Loop:
         if found:
             self._continue(found, state)
         elif self.spec.init_from:
-            self.learner.start_from(load_state(self.spec.init_from)["net"], f"train.init_from: {self.spec.init_from}")
+            self.learner.start_from(load_state(self.spec.init_from), f"train.init_from: {self.spec.init_from}")
 
     def _continue(self, found: Checkpoint, state: dict[str, Any]) -> None:
         if state["data_digest"] != self.data_digest:

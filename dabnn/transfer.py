@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dabnn.checkpoints import load_state
 from dabnn.errors import InvalidInputError
-from dabnn.layers import EXTRA_STATE
+from dabnn.layers import EXTRA_STATE, BinaryConv2d
 from dabnn.models import ModelSpec, Network, build
 from dabnn.plans import numbered_convs
 
@@ -30,20 +31,23 @@ def load_trained(checkpoint: str | Path) -> Network:
     return net.eval()
 
 
-def transfer(weights: Mapping[str, Tensor], net: Network, source: str) -> None:
+def transfer(state: Mapping[str, Any], net: Network, source: str) -> None:
     """Give `net` the weights and buffers of a network that may differ from it in its layer plan and quantizers.
 
     A quantizer's tensors that the source lacks are set by the layer for the new weights: learned alpha and beta and the
-    start of a warm search at the optimum, a shift of the inputs at 0. Those that `net` lacks are left behind.
+    start of a warm search at the optimum, a shift of the inputs at 0. Alpha, beta and start are set so, too, where the
+    layer centres its weights otherwise than the source did: they are values of other numbers. Those that `net` lacks
+    are left behind.
 
     Args:
-        weights: State dictionary of the source.
+        state: Of the source, as a checkpoint holds it: `net`, its state dictionary, and `model`, that it was built from.
         net: Changed in place.
         source: What error messages start with: the field or file that the weights come from.
 
     Raises:
         InvalidInputError: The networks differ in anything else; names the first tensor.
     """
+    weights: Mapping[str, Tensor] = state["net"]
     own, paths = net.state_dict(), {path for path, _ in numbered_convs(net).values()}
     for name in [*own, *weights]:
         path, _, leaf = name.rpartition(".")
@@ -56,6 +60,8 @@ def transfer(weights: Mapping[str, Tensor], net: Network, source: str) -> None:
             who = "needs" if name in own else "does not know"
             raise _other_network(source, f"it {verb} {name}, which {net.spec.name} {who}")
     net.load_state_dict({name: tensor for name, tensor in weights.items() if name in own})
+    for layer in _recentered(state["model"], net):
+        layer.reset_code()
 
 
 def check_same(saved: Mapping[str, Any], spec: ModelSpec, source: str) -> None:
@@ -97,6 +103,19 @@ def check_teacher(teacher: ModelSpec, student: ModelSpec, source: str) -> None:
                 f"train.distill.teacher: {source} has {key}={theirs}, the network that learns from it {ours}. Take a "
                 "teacher that was trained on the same data at the same size."
             )
+
+
+def _recentered(model: Mapping[str, Any], net: Network) -> list[BinaryConv2d]:
+    """Return the binary layers of `net` that subtract another centre than the same layers of a model do."""
+    with torch.device("meta"):  # the layers' defaults are all that is asked for
+        source = _binary_layers(build(**model))
+    return [
+        layer for path, layer in _binary_layers(net).items() if path in source and layer.center != source[path].center
+    ]
+
+
+def _binary_layers(net: Network) -> dict[str, BinaryConv2d]:
+    return {path: conv for path, conv in numbered_convs(net).values() if isinstance(conv, BinaryConv2d)}
 
 
 def _other_network(source: str, difference: str) -> InvalidInputError:

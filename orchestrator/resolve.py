@@ -114,7 +114,7 @@ def _check_weights(spec: TrainSpec) -> None:
     for position, stage in enumerate(spec.parts):
         net = build(**stage.model, seed=spec.seed)
         if position == 0 and spec.init_from:
-            transfer(load_state(spec.init_from)["net"], net, f"train.init_from: {spec.init_from}")
+            transfer(load_state(spec.init_from), net, f"train.init_from: {spec.init_from}")
         distill = stage.loss.distill
         if distill and not distill.teacher.startswith(STAGE_TEACHER):
             check_teacher(load_trained(distill.teacher).spec, net.spec, distill.teacher)

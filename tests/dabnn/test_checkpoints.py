@@ -68,10 +68,10 @@ def test_torn_commit_is_passed_over(tmp_path: Path) -> None:
 def test_saved_state_is_a_copy_of_the_moment(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, CheckpointPolicy())
     weights = torch.zeros(1000)
-    writer.save({"weights": weights}, Moment(1, 1), {})
+    writer.save({"net": {"weights": weights}, "model": {}}, Moment(1, 1), {})
     weights += 1
     writer.wait()
-    assert load_state(list_checkpoints(tmp_path)[0].path)["weights"].sum() == 0
+    assert load_state(list_checkpoints(tmp_path)[0].path)["net"]["weights"].sum() == 0
 
 
 def test_a_disk_without_room_is_told_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
@@ -91,6 +91,24 @@ def test_missing_or_foreign_file_is_refused_with_its_name(tmp_path: Path) -> Non
     for path in (foreign, tmp_path / "absent.pt"):
         with pytest.raises(InvalidInputError, match=path.name):
             load_state(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"net": {}, "images": torch.ones(1)}, "it holds net, images and no model"),
+        ({"conv1.weight": torch.ones(1), "bn1.weight": torch.ones(1)}, "it holds conv1.weight, bn1.weight and no net"),
+        ({f"conv{number}.weight": 0 for number in range(300)}, "it holds conv0.weight, .*, ... and no net"),
+        ({}, "it holds nothing"),
+        (torch.ones(3), "it holds a Tensor"),
+        ([torch.ones(3)], "it holds a list"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_by_what_it_holds(content: object, expected: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(InvalidInputError, match=rf"x\.pt: no checkpoint of a run: {expected}") as caught:
+        load_state(tmp_path / "x.pt")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
 def test_best_of_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:

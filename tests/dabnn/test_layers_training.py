@@ -173,6 +173,16 @@ def step_errors(layer: BinaryConv2d) -> torch.Tensor:
     return (weight - dense).square().flatten(1).sum(1)
 
 
+def test_the_code_of_a_step_outlives_the_update_that_follows() -> None:
+    layer = make_layer("dab_learned")
+    step_errors(layer)
+    before = [value.clone() for value in layer.step_code]
+    with torch.no_grad():
+        layer.alpha += 1
+        layer.beta -= 1
+    assert all(torch.equal(kept, value) for kept, value in zip(layer.step_code, before, strict=True))
+
+
 def test_a_warm_start_stays_within_its_bound_of_the_optimum_with_which_it_evaluates() -> None:
     layer = make_layer("dab_warm")
     path = torch.zeros(4)

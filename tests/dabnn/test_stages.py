@@ -1,6 +1,7 @@
 """Runs in stages, and the recipes of a stage, in the real loop on a few digits: a second or two each."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,16 @@ def test_an_average_that_was_not_saved_cannot_be_resumed(small_digits: Path, tmp
     run(spec, tmp_path)
     result = run(replace(spec, epochs=2, ema_decay=0.9), tmp_path)
     assert "was saved with no average of weights, the run now has train.ema_decay=0.9" in result.message
+
+
+def test_another_number_of_parameter_groups_is_refused_with_the_name_of_the_checkpoint(
+    small_digits: Path, tmp_path: Path
+) -> None:
+    spec = few_digits(small_digits)
+    run(spec, tmp_path)
+    result = run(replace(spec, epochs=2, optim=OptimSpec(decay_all=True)), tmp_path)
+    assert result.status == "failed"
+    assert re.search(r"step-\d+\.pt: its optimizer does not fit the run.*train\.init_from", result.message)
 
 
 def test_a_rate_beyond_float32_fails_the_run_with_advice(small_digits: Path, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from dabnn.errors import InvalidInputError
+from dabnn.layers import BinaryConv2d
 from dabnn.models import Network, build
+from dabnn.plans import numbered_convs
 from dabnn.quantizers import binarize
 from dabnn.transfer import check_same, check_teacher, transfer
 
@@ -18,17 +20,21 @@ def net(seed: int, **options: Any) -> Network:
 FLOAT = {"inputs": "none", "layers": []}
 
 
+def take_over(source: Network, target: Network) -> None:
+    transfer({"net": source.state_dict(), "model": asdict(source.spec)}, target, "x")
+
+
 @pytest.mark.parametrize("weights", ["dab", "dab_warm", "dab_learned", "xnor", "sign"])
 def test_a_binary_network_takes_over_every_tensor_of_the_float_one(weights: str) -> None:
     source, target = net(1, **FLOAT), net(2, weights=weights, options={"input_quantizer": "rsign"})
-    transfer(source.state_dict(), target, "x")
+    take_over(source, target)
     own = target.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in source.state_dict().items())
 
 
 def test_learned_values_start_at_the_optimum_of_the_weights_taken_over() -> None:
     source, target = net(1, **FLOAT), net(2, weights="dab_learned")
-    transfer(source.state_dict(), target, "x")
+    take_over(source, target)
     code = binarize(source.get_parameter("conv3.weight"), "dab", center="tap")
     torch.testing.assert_close(target.get_parameter("conv3.alpha").detach(), code.alpha)
     torch.testing.assert_close(target.get_parameter("conv3.beta").detach(), code.beta)
@@ -38,13 +44,31 @@ def test_learned_values_are_kept_between_networks_that_both_learn_them() -> None
     source, target = net(1, weights="dab_learned"), net(2, weights="dab_learned")
     with torch.no_grad():
         source.get_parameter("conv3.alpha").fill_(7.0)
-    transfer(source.state_dict(), target, "x")
+    take_over(source, target)
     assert (target.get_parameter("conv3.alpha") == 7).all()
+
+
+@pytest.mark.parametrize("change", [{"inputs": "none"}, {"center": "filter"}, {"inputs": [3], "center": None}])
+@pytest.mark.parametrize("weights", ["dab_learned", "dab_warm"])
+def test_values_of_weights_that_were_centred_otherwise_start_again(weights: str, change: dict[str, Any]) -> None:
+    source, target = net(1, weights=weights, **change), net(2, weights=weights)
+    stale = [name for name in source.state_dict() if name.endswith((".alpha", ".threshold"))]
+    with torch.no_grad():
+        for name in stale:
+            source.state_dict()[name].fill_(7.0)
+    take_over(source, target)
+    centers = {path: conv.center for path, conv in numbered_convs(source).values() if isinstance(conv, BinaryConv2d)}
+    for name in stale:
+        path = name.rpartition(".")[0]
+        code = binarize(source.get_parameter(f"{path}.weight"), "dab", center="tap")
+        start = code.alpha if weights == "dab_learned" else (code.alpha + code.beta) / 2
+        expected = torch.full_like(start, 7.0) if centers[path] == "tap" else start
+        torch.testing.assert_close(target.state_dict()[name], expected)
 
 
 def test_a_float_network_leaves_the_quantizers_tensors_behind() -> None:
     target = net(2, **FLOAT)
-    transfer(net(1, weights="dab_learned").state_dict(), target, "x")
+    take_over(net(1, weights="dab_learned"), target)
     assert "conv3.alpha" not in target.state_dict()
 
 
@@ -58,15 +82,16 @@ def test_a_float_network_leaves_the_quantizers_tensors_behind() -> None:
 )
 def test_another_architecture_is_refused_by_its_first_tensor(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(InvalidInputError, match=expected):
-        transfer(net(1, **change).state_dict(), net(2), "x")
+        take_over(net(1, **change), net(2))
 
 
 def test_a_tensor_that_is_missing_is_named_and_nothing_is_changed() -> None:
-    weights, target = net(1).state_dict(), net(2)
+    source, target = net(1), net(2)
+    weights = source.state_dict()
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     del weights["bn4.running_var"]
     with pytest.raises(InvalidInputError, match=r"it lacks bn4\.running_var, which bincifarfbin needs"):
-        transfer(weights, target, "x")
+        transfer({"net": weights, "model": asdict(source.spec)}, target, "x")
     assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
 
 
