@@ -31,6 +31,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _TELL_EVERY_S = 10.0
 _SIGNED_FOR_S = 3600
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+# Where credentials come from a server of their own.
+_TRANSIENT_SIGNING = frozenset({"CredentialRetrievalError", "MetadataRetrievalError", "ConnectTimeoutError"})
 _ADVICE = {
     401: "the server wants credentials; s3:// takes those of the environment (AWS_ACCESS_KEY_ID or AWS_PROFILE)",
     403: "the credentials of this process may not read it, or it does not exist and they may not list; check "
@@ -42,7 +44,7 @@ _ADVICE = {
 _log = logging.getLogger(__name__)
 # Threads wait for one server together: who said why, and when.
 _told: dict[str, float] = {}
-_signers: dict[tuple[int, str | None], Any] = {}
+_signers: dict[tuple[Any, ...], Any] = {}
 _signers_lock = threading.Lock()
 
 
@@ -294,16 +296,38 @@ def _address(url: str) -> str:
 
 
 def _signed(url: str) -> str:
-    """Returns the https (or endpoint's) URL of an object, signed with the credentials of the environment."""
+    """Returns the https (or endpoint's) URL of an object, signed with the credentials of the environment, if any."""
+    key = (os.getpid(), *(item for item in sorted(os.environ.items()) if item[0].startswith("AWS_")))
+    try:
+        with _signers_lock:
+            if key not in _signers:
+                _signers[key] = _signer(url)
+            signer = _signers[key]
+        address: str = signer.sign(url, expiration=_SIGNED_FOR_S)
+    except Exception as error:
+        # Of botocore, which is not imported here; they say nothing of the credentials themselves.
+        if type(error).__name__ in _TRANSIENT_SIGNING:
+            raise TransientError(f"no credentials yet ({error})") from error
+        raise DabError(
+            f"{shown(url)}: cannot be signed: {error}; check AWS_ACCESS_KEY_ID or AWS_PROFILE, and AWS_ENDPOINT_URL, "
+            "in the environment of this process"
+        ) from error
+    return address
+
+
+def _signer(url: str) -> Any:
+    """Returns a file system that signs with the credentials there are, or with none, for a public bucket."""
     import fsspec
 
-    key = (os.getpid(), os.environ.get("AWS_ENDPOINT_URL"))
-    with _signers_lock:
-        if key not in _signers:
-            _signers[key] = fsspec.filesystem("s3", config_kwargs={"signature_version": "s3v4"})
-        signer = _signers[key]
-    address: str = signer.sign(url, expiration=_SIGNED_FOR_S)
-    return address
+    settings: dict[str, Any] = {"config_kwargs": {"signature_version": "s3v4"}, "skip_instance_cache": True}
+    signer = fsspec.filesystem("s3", **settings)
+    try:
+        signer.sign(url)
+    except Exception as error:
+        if type(error).__name__ != "NoCredentialsError":
+            raise
+        return fsspec.filesystem("s3", anon=True, skip_instance_cache=True)
+    return signer
 
 
 def _error_code(error: urllib.error.HTTPError) -> str:
