@@ -31,9 +31,7 @@ from orchestrator.config_sections import (
     Train,
 )
 from orchestrator.config_source import assign, parse_override, read_mapping, yaml_text
-
-# The keys of binarize that say which weights are binary: a stage that writes one group replaces the other two.
-_WEIGHT_CHOICES = (("bin_start", "bin_end"), ("layers",), ("plan",))
+from orchestrator.config_stages import overlaid, place
 
 
 class Config(Section):
@@ -63,8 +61,8 @@ class Config(Section):
             try:
                 stage_config(self, stage)
             except InvalidInputError as error:
-                where = f"train.stages[{position}] ({stage.name})"
-                raise ValueError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+                where = place(position, stage)
+                raise ValueError("\n".join(where + line for line in str(error).splitlines())) from None
         return self
 
 
@@ -110,18 +108,7 @@ def stage_config(config: Config, stage: Stage) -> Config:
     Raises:
         InvalidInputError: The two together break a rule.
     """
-    raw, written = to_dict(config), stage.model_dump(mode="json")
-    binarize = written.get("binarize") or {}
-    chosen = [group for group in _WEIGHT_CHOICES if any(key in binarize for key in group)]
-    replaced = [key for group in _WEIGHT_CHOICES if chosen and group not in chosen for key in group]
-    raw["binarize"] |= dict.fromkeys(replaced)
-    if "plan" in binarize:
-        raw["binarize"]["inputs"] = "model"
-    for section in ("binarize", "optim", "schedule"):
-        raw[section] |= written.get(section) or {}
-    raw["train"] |= {key: written[key] for key in ("label_smoothing", "kurtosis", "distill") if key in written}
-    raw["train"] |= {"epochs": stage.epochs, "stages": None}
-    return _validate(raw | {"search": None})
+    return _validate(to_dict(overlaid(config, stage)))
 
 
 def parts(config: Config) -> tuple[tuple[str, Config], ...]:

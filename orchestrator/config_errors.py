@@ -40,6 +40,13 @@ def known_keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
     return dict(_walk(model, ""))
 
 
+def leaf_keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return dotted key -> field of the keys that are no sections."""
+    keys = known_keys(model)
+    sections = {key.rpartition(".")[0] for key in keys}
+    return {key: field for key, field in keys.items() if key not in sections}
+
+
 def unknown_key(key: str, keys: Mapping[str, FieldInfo]) -> InvalidInputError:
     """Return the error for a key that does not exist; it names the nearest of `keys` and those of the same section."""
     section = key.rpartition(".")[0]
@@ -52,9 +59,23 @@ def unknown_key(key: str, keys: Mapping[str, FieldInfo]) -> InvalidInputError:
 def invalid_config(model: type[BaseModel], error: ValidationError) -> InvalidInputError:
     """Return one error with a line for each thing that pydantic found wrong in a configuration of type `model`."""
     keys = known_keys(model)
-    errors = error.errors(include_url=False)
+    errors = _not_implied(error.errors(include_url=False))
     lines = (line for details in errors for line in _lines(details, keys | _item_keys(model, details["loc"])))
     return InvalidInputError("\n".join(dict.fromkeys(lines)))
+
+
+def _not_implied(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Leave out that a list is too short where an entry of it is wrong: wrong entries are not counted."""
+    places = [details["loc"] for details in errors]
+    return [
+        details
+        for details in errors
+        if details["type"] != "too_short" or not any(_lies_in(place, details["loc"]) for place in places)
+    ]
+
+
+def _lies_in(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer
 
 
 def value_problem(path: str, details: ErrorDetails, field: FieldInfo | None) -> str:

@@ -1,48 +1,31 @@
 """Judges values that are each fine alone: names, ranges, and combinations of keys. Pure functions, no effects.
 
-A rule looks at a whole configuration and returns what is wrong with it. A search must obey the rules at every point of
-its space, so that no trial fails on a combination that could have been refused before the first one started.
+A rule looks at a whole configuration, or at what one stage of it runs, and returns what is wrong with it. The points of
+a search space are held against the rules in `orchestrator.config_space`.
 """
 
 import itertools
-import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
-
-from orchestrator.config_errors import SPACE, known_keys, show, unknown_key, value_problem
+from orchestrator.config_errors import leaf_keys, show
+from orchestrator.config_space import END, START, bin_range_is_empty, space_problems
+from orchestrator.names import nearest
 
 if TYPE_CHECKING:
     from orchestrator.config import Config
-    from orchestrator.config_search import Domain, Search
+    from orchestrator.config_search import Domain
     from orchestrator.config_sections import Stage
 
-_START, _END = "binarize.bin_start", "binarize.bin_end"
 _MAX_NAME = 100
-_NOT_SEARCHABLE = (
-    "name", "data.train", "data.val", "data.cache_folder", "data.cache_gb", "data.retry_s", "data.decoded_cache_gb",
-    "train.init_from", "train.checkpoint", "train.distill", "train.kurtosis",
-    "train.stages", "binarize.plan", "cluster", "storage", "tracking", "search",
-)  # fmt: skip
 _WITH_WINDOW = ("clipped", "polynomial", "ede", None)  # null: what the model has, one of these
-# Key, the values it must have, and the keys that are looked at only then.
-_NEEDS = (
-    ("optim.name", ("sgd",), ("optim.momentum", "optim.nesterov")),
-    ("schedule.name", ("decay",), ("schedule.interval",)),
-    ("schedule.name", ("decay", "step"), ("schedule.level",)),
-    ("schedule.name", ("step",), ("schedule.milestones",)),
-    ("binarize.ste", _WITH_WINDOW, ("binarize.ste_width", "binarize.ste_center")),
-    ("binarize.input_ste", _WITH_WINDOW, ("binarize.input_ste_width",)),
-)
+_WEIGHT_STE = ("binarize.ste", "binarize.ste_width", "binarize.ste_center")
+_INPUT_STE = ("binarize.input_ste", "binarize.input_ste_width")
+PLAN_KEYS = ("weights", "inputs")
 STAGE_TEACHER = "stage:"
 # The transforms of `dabnn.data.transforms.CROPPING`, which would import torch; a test compares them.
 CROPPING = ("sketch", "sketch_no_flip", "imagenet")
-# An integer axis up to this long is tried value by value, a longer one at its two ends.
-_MAX_VALUES = 256
 
 
 @dataclass(frozen=True)
@@ -56,6 +39,37 @@ class Rule:
 
     keys: tuple[str, ...]
     problem: Callable[["Config"], str | None]
+
+
+@dataclass(frozen=True)
+class _Need:
+    """Keys that are looked at only while another one, `selector`, is one of `wanted`, or none of `not_`."""
+
+    selector: str
+    keys: tuple[str, ...]
+    wanted: tuple[str | None, ...] = ()
+    not_: tuple[Any, ...] = ()
+
+    def is_met(self, value: Any) -> bool:
+        return value in self.wanted if self.wanted else value not in self.not_
+
+    def problem(self, key: str, chosen: Any) -> str:
+        instead = ", or use " + " or ".join(filter(None, self.wanted)) if self.wanted else ""
+        value = chosen if isinstance(chosen, str) else show(chosen)
+        return f"{key}: has no effect with {self.selector}={value}. Remove it{instead}."
+
+
+_NEEDS = (
+    _Need("optim.name", ("optim.momentum", "optim.nesterov"), ("sgd",)),
+    _Need("schedule.name", ("schedule.interval",), ("decay",)),
+    _Need("schedule.name", ("schedule.level",), ("decay", "step")),
+    _Need("schedule.name", ("schedule.milestones",), ("step",)),
+    _Need("binarize.ste", _WEIGHT_STE[1:], _WITH_WINDOW),
+    _Need("binarize.input_ste", _INPUT_STE[1:], _WITH_WINDOW),
+    _Need("binarize.gradient", _WEIGHT_STE, ("straight_through", "means", None)),
+    _Need("binarize.layers", (*_WEIGHT_STE, "binarize.gradient"), not_=((),)),
+    _Need("binarize.inputs", (*_INPUT_STE, "binarize.input_quantizer"), not_=("none",)),
+)
 
 
 def check_name(name: str) -> str:
@@ -73,6 +87,41 @@ def check_name(name: str) -> str:
     if "/" in name or "\\" in name or not name.isprintable():
         raise ValueError("holds a slash, a line break or another character that does not print")
     return name
+
+
+def check_selectors(value: Any) -> Any:
+    """Return `value` unless it is a list with an entry that can name no layer.
+
+    Raises:
+        ValueError: One does; names the first.
+    """
+    for entry in value if isinstance(value, list | tuple) else ():
+        if isinstance(entry, bool) or not isinstance(entry, int | str) or entry == "":
+            raise ValueError(
+                f"holds {show(entry)}, which names no layer; write numbers, paths or regular expressions, such as "
+                "[2, 'stage3.*']"
+            )
+        if isinstance(entry, int) and entry < 1:
+            raise ValueError(f"holds {entry}, and layer numbers start at 1")
+    return value
+
+
+def check_plan(value: Any) -> Any:
+    """Return `value` unless it is an empty name of a file, or a mapping that is no plan.
+
+    Raises:
+        ValueError: It is; names the key.
+    """
+    if value == "":
+        raise ValueError("names no file")
+    for key, selectors in value.items() if isinstance(value, dict) else ():
+        if key not in PLAN_KEYS:
+            raise ValueError(f"has the unknown key {key}; did you mean {nearest(str(key), PLAN_KEYS)}?")
+        try:
+            check_selectors(selectors)
+        except ValueError as error:
+            raise ValueError(f"under {key} {error}") from None
+    return value
 
 
 def check_different(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -135,7 +184,7 @@ def check_config(config: "Config") -> None:
     """
     problems = [problem for rule in _RULES if (problem := rule.problem(config))]
     if config.search and not problems:
-        problems += _search_problems(config, config.search)
+        problems += space_problems(config, config.search, _RULES)
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -153,36 +202,32 @@ def check_written(config: "Config", parts: Sequence["Config"]) -> None:
         ValueError: One line for each value without effect.
     """
     problems = [problem for check in (_unused_epochs, _unused_decay, _teacher_stage) if (problem := check(config))]
-    for selector, wanted, keys in _NEEDS:
-        chosen = _value(config, selector)
-        if any(_value(part, selector) in wanted for part in parts) or _is_searched(config, selector):
+    for need in _NEEDS:
+        if any(need.is_met(_value(part, need.selector)) for part in parts) or _is_searched(config, need.selector):
             continue
-        for key in keys:
-            if _is_searched(config, key) or _value(config, key) != _leaves(config)[key].default:
-                problems.append(_no_effect(key, selector, chosen, wanted))
+        for key in need.keys:
+            if _is_searched(config, key) or _value(config, key) != leaf_keys(type(config))[key].default:
+                problems.append(need.problem(key, _value(config, need.selector)))
     for position, (stage, part) in enumerate(zip(config.train.stages or (), parts, strict=bool(config.train.stages))):
         problems += [f"train.stages[{position}].{problem}" for problem in _unused_in_stage(stage, part)]
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def _no_effect(key: str, selector: str, chosen: Any, wanted: Sequence[str | None]) -> str:
-    return f"{key}: has no effect with {selector}={chosen}. Remove it, or use {' or '.join(filter(None, wanted))}."
-
-
 def _unused_in_stage(stage: "Stage", part: "Config") -> Iterator[str]:
-    for selector, wanted, keys in _NEEDS:
-        chosen = _value(part, selector)
-        for section, _, leaf in (key.partition(".") for key in keys if chosen not in wanted):
+    for need in _NEEDS:
+        chosen = _value(part, need.selector)
+        for key in need.keys if not need.is_met(chosen) else ():
+            section, _, leaf = key.partition(".")
             written = getattr(stage, section)
             if written is not None and leaf in written.model_fields_set:
-                yield _no_effect(f"{section}.{leaf}", selector, chosen, wanted)
+                yield need.problem(key, chosen)
 
 
 def _unused_epochs(config: "Config") -> str | None:
     stages, epochs = config.train.stages, config.train.epochs
     total = sum(stage.epochs for stage in stages or ())
-    if stages is None or epochs in (total, _leaves(config)["train.epochs"].default):
+    if stages is None or epochs in (total, leaf_keys(type(config))["train.epochs"].default):
         return None
     return f"train.epochs: {epochs}, but the stages take {total} epochs together. Leave it out."
 
@@ -206,17 +251,14 @@ def _teacher_stage(config: "Config") -> str | None:
     )
 
 
-def _bin_range_is_empty(start: int | None, end: int | None) -> bool:
-    return start is not None and end is not None and start > end
-
-
 def _bin_range(config: "Config") -> str | None:
     start, end = config.binarize.bin_start, config.binarize.bin_end
-    if not _bin_range_is_empty(start, end):
+    if not bin_range_is_empty(start, end):
         return None
     return (
-        f"binarize.bin_end: {end} comes before binarize.bin_start={start}, which leaves no layer to binarize. "
-        f"Give at least {start}, or take the float model of the family."
+        f"binarize.bin_end: {end} comes before binarize.bin_start={start}, which leaves no layer to binarize. Raise "
+        "it, lower binarize.bin_start, or take the float model of the family; "
+        f"`dab models show {config.model.name}` numbers the layers."
     )
 
 
@@ -272,11 +314,14 @@ def _nesterov(config: "Config") -> str | None:
     return None
 
 
+def _epochs(config: "Config") -> dict[str, int]:
+    """Return how long the run and its trials are, by the key that says so."""
+    trials = {"search.epochs": config.search.epochs} if config.search and config.search.epochs else {}
+    return {"train.epochs": config.train.epochs} | trials
+
+
 def _warmup(config: "Config") -> str | None:
-    limits = {"train.epochs": config.train.epochs}
-    if config.search and config.search.epochs:
-        limits["search.epochs"] = config.search.epochs
-    for key, epochs in limits.items():
+    for key, epochs in _epochs(config).items():
         if config.schedule.warmup_epochs >= epochs:
             return f"schedule.warmup_epochs: {config.schedule.warmup_epochs} is all of {key}={epochs}. Use fewer."
     return None
@@ -300,9 +345,13 @@ def _layer_choice(config: "Config") -> str | None:
         "bin_start": binarize.bin_start, "bin_end": binarize.bin_end, "layers": binarize.layers, "plan": binarize.plan
     }  # fmt: skip
     keys = [f"binarize.{key}" for key, value in given.items() if value is not None]
-    if len(keys) > 1 and keys != [_START, _END]:
+    if len(keys) > 1 and keys != [START, END]:
         return f"{keys[-1]}: {' and '.join(keys[:-1])} already chose the layers with binary weights. Keep one of them."
-    if binarize.plan is not None and binarize.inputs != "model":
+    return None
+
+
+def _plan_inputs(config: "Config") -> str | None:
+    if config.binarize.plan is not None and config.binarize.inputs != "model":
         return "binarize.inputs: binarize.plan already names the layers with binary inputs. Keep one of them."
     return None
 
@@ -310,11 +359,12 @@ def _layer_choice(config: "Config") -> str | None:
 def _milestones(config: "Config") -> str | None:
     if config.schedule.name != "step":
         return None
-    milestones, epochs = config.schedule.milestones, config.train.epochs
+    milestones = config.schedule.milestones
     if not milestones:
         return "schedule.milestones: missing; step lowers the rate at these epochs. Give a list such as [30, 60]."
-    if config.train.stages is None and milestones[-1] >= epochs:
-        return f"schedule.milestones: {milestones[-1]:g} is not below train.epochs={epochs}. Remove it."
+    for key, epochs in _epochs(config).items() if config.train.stages is None else ():
+        if milestones[-1] >= epochs:
+            return f"schedule.milestones: {milestones[-1]:g} is not below {key}={epochs}. Remove it."
     return None
 
 
@@ -336,13 +386,14 @@ def _stages(config: "Config") -> str | None:
 
 
 _RULES = (
-    Rule((_START, _END), _bin_range),
-    Rule((_START, _END), _layer_choice),
+    Rule((START, END), _bin_range),
+    Rule((START, END), _layer_choice),
+    Rule(("binarize.inputs",), _plan_inputs),
     Rule(("schedule.name", "train.epochs"), _milestones),
     Rule((), _stages),
     Rule(("data.batch_size",), _batch_size),
     Rule(("data.transform", "data.ten_crop"), _ten_crop),
-    Rule((), _statistics),
+    Rule(("model.in_channels",), _statistics),
     Rule(("optim.min_lr", "optim.max_lr"), _rate_limits),
     Rule(("optim.momentum", "optim.nesterov"), _nesterov),
     Rule(("train.epochs", "schedule.warmup_epochs"), _warmup),
@@ -354,128 +405,6 @@ def _is_searched(config: "Config", key: str) -> bool:
     return config.search is not None and key in config.search.space
 
 
-def _search_problems(config: "Config", search: "Search") -> list[str]:
-    problems = [problem for key, domain in search.space.items() if (problem := _axis_problem(config, key, domain))]
-    if not problems:
-        problems = [problem for rule in _RULES if (problem := _space_problem(config, search, rule))]
-    problems += [problem for check in (_objective, _grid) if (problem := check(search))]
-    problems += _stages_in_search(config, search)
-    return problems
-
-
-def _stages_in_search(config: "Config", search: "Search") -> Iterator[str]:
-    if config.train.stages is None:
-        return
-    if search.epochs is not None:
-        yield f"search.epochs: {search.epochs}, but with train.stages each stage has its own. Leave it out."
-    if search.early_stop is not None:
-        yield (
-            f"search.early_stop: {search.early_stop} would end trials in an early stage, whose accuracy says little of "
-            "the last one's, and rank them by it. Write none."
-        )
-    for key in search.space:
-        section, _, leaf = key.partition(".")
-        sections = [getattr(stage, section, None) for stage in config.train.stages]
-        if key == "train.epochs" or all(
-            written is not None and leaf in written.model_fields_set for written in sections
-        ):
-            yield f"{SPACE}.{key}: each stage in train.stages sets its own, so trials would not differ. Remove it."
-
-
-def _axis_problem(config: "Config", key: str, domain: "Domain") -> str | None:
-    searchable = {leaf: field for leaf, field in _leaves(config).items() if not _is_fixed(leaf)}
-    if key not in _leaves(config):
-        return f"{SPACE}.{unknown_key(key, searchable)}"
-    if key not in searchable:
-        return f"{SPACE}.{key}: cannot differ between the trials of a search. Set {key} itself."
-    if key == "train.epochs" and config.search and config.search.epochs:
-        return (
-            f"{SPACE}.{key}: search.epochs={config.search.epochs} already sets it for each trial. Remove one of them."
-        )
-    field = searchable[key]
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
-    for value in domain.values:
-        try:
-            adapter.validate_json(json.dumps(value), strict=True)
-        except ValidationError as error:
-            return value_problem(f"{SPACE}.{key}", error.errors()[0], field)
-    return None
-
-
-def _leaves(config: "Config") -> dict[str, FieldInfo]:
-    keys = known_keys(type(config))
-    sections = {key.rpartition(".")[0] for key in keys}
-    return {key: field for key, field in keys.items() if key not in sections}
-
-
 def _value(config: "Config", key: str) -> Any:
     section, _, leaf = key.rpartition(".")
     return getattr(getattr(config, section), leaf)
-
-
-def _is_fixed(key: str) -> bool:
-    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in _NOT_SEARCHABLE)
-
-
-def _space_problem(config: "Config", search: "Search", rule: Rule) -> str | None:
-    axes = [key for key in rule.keys if key in search.space]
-    for point in _points(search, axes) if axes else ():
-        if problem := rule.problem(_with_values(config, point)):
-            chosen = ", ".join(f"{key}={show(value)}" for key, value in point.items())
-            return f"{SPACE}: a trial could get {chosen}. {problem} Or narrow the space."
-    return None
-
-
-def _points(search: "Search", axes: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the points that a search can reach on `axes`, as far as they decide whether a rule holds."""
-    samples = {key: _samples(search.space[key]) for key in axes}
-    draws_end = {_START, _END} <= set(axes) and (search.algorithm == "grid" or search.space[_END].kind == "int")
-    for values in itertools.product(*samples.values()):
-        point = dict(zip(axes, values, strict=True))
-        # The searcher draws the end from what the start leaves, so only a start that leaves nothing is wrong.
-        if draws_end and _bin_range_is_empty(point[_START], point[_END]) and point[_START] <= max(samples[_END]):
-            continue
-        yield point
-
-
-def _num_points(domain: "Domain") -> int:
-    return domain.int_[1] - domain.int_[0] + 1 if domain.int_ else len(domain.values)
-
-
-def _samples(domain: "Domain") -> tuple[Any, ...]:
-    if domain.int_ is None:
-        return domain.values
-    low, high = domain.int_
-    return tuple(range(low, high + 1)) if high - low < _MAX_VALUES else domain.int_
-
-
-def _with_values(config: "Config", values: Mapping[str, Any]) -> "Config":
-    """Return an unvalidated copy of `config` with leaves of its sections replaced."""
-    for key, value in values.items():
-        section, _, leaf = key.rpartition(".")
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update={leaf: value})})
-    return config
-
-
-def _objective(search: "Search") -> str | None:
-    if len(search.objectives) > 1:
-        return f"search.objectives: {len(search.objectives)} objectives; this version improves one. Keep the first."
-    objective = search.objectives[0]
-    wanted = "min" if objective.metric == "val_loss" else "max"
-    if objective.mode == wanted:
-        return None
-    return f"search.objectives: mode {objective.mode} would look for the worst {objective.metric}. Use mode: {wanted}."
-
-
-def _grid(search: "Search") -> str | None:
-    if search.algorithm != "grid":
-        return None
-    for key, domain in search.space.items():
-        if domain.kind not in {"int", "choice"}:
-            return f"{SPACE}.{key}: {domain.kind} has no end of values, and a grid visits each. Use choice, or tpe."
-    pair = [key for key in (_START, _END) if key in search.space]
-    others = (_num_points(domain) for key, domain in search.space.items() if key not in pair)
-    size = math.prod(others) * sum(1 for _ in _points(search, pair))
-    if size <= search.num_trials:
-        return None
-    return f"search.num_trials: {search.num_trials} is less than the {size} points of the grid. Raise it."

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     Strict,
@@ -17,12 +18,20 @@ from pydantic import (
     model_serializer,
 )
 
-from orchestrator.config_rules import check_different, check_inputs, check_milestones, check_name
+from orchestrator.config_rules import (
+    check_different,
+    check_inputs,
+    check_milestones,
+    check_name,
+    check_plan,
+    check_selectors,
+)
 
 # A wrapped field is judged as Python values, where a strict tuple would not take the list that YAML holds.
 AS_LIST = Strict(False)
 
 Selector = Annotated[int, Field(ge=1)] | Annotated[str, Field(min_length=1)]
+Selectors = Annotated[tuple[Selector, ...], AS_LIST, BeforeValidator(check_selectors)]
 SteName = Literal["clipped", "polynomial", "ede", "identity"]
 
 
@@ -60,7 +69,7 @@ class Model(Section):
 
 def _words_or_layers(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     try:
-        return handler(value)
+        return handler(check_selectors(value))
     except ValidationError:
         raise ValueError(
             "must be model, none or a list of layer numbers, paths or regular expressions, such as [2, 'stage3.*']"
@@ -70,13 +79,13 @@ def _words_or_layers(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 class PlanSets(Section):
     """A layer plan written out."""
 
-    weights: Annotated[tuple[Selector, ...], AS_LIST] = Field(default=(), description="layers with binary weights")
-    inputs: Annotated[tuple[Selector, ...], AS_LIST] = Field(default=(), description="layers with binary inputs")
+    weights: Selectors = Field(default=(), description="layers with binary weights")
+    inputs: Selectors = Field(default=(), description="layers with binary inputs")
 
 
 def _file_or_sets(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     try:
-        return handler(value)
+        return handler(check_plan(value))
     except ValidationError:
         raise ValueError("must be the name of a file, or {weights: [2, 3], inputs: [2, 'stage3.*']}") from None
 
@@ -95,7 +104,7 @@ class Binarize(Section):
         default=None, description="mean subtracted before quantizing; null: tap where the input is binary, else none"
     )
     inputs: Annotated[
-        Literal["model", "none"] | Annotated[tuple[Selector, ...], AS_LIST],
+        Literal["model", "none"] | Selectors,
         WrapValidator(_words_or_layers),
         AfterValidator(check_inputs),
     ] = Field(default="model", description="layers with binary inputs: model (as its variant says), none, or a list")
@@ -103,7 +112,7 @@ class Binarize(Section):
         default=None, ge=1, description="first layer with binary weights; null: the model's own"
     )
     bin_end: int | None = Field(default=None, ge=1, description="last layer with binary weights; null: the model's own")
-    layers: Annotated[tuple[Selector, ...], AfterValidator(check_different)] | None = Field(
+    layers: Annotated[Selectors, AfterValidator(check_different)] | None = Field(
         default=None, description="layers with binary weights, instead of a range; [] for none; null: the range says it"
     )
     plan: Annotated[str | PlanSets | None, WrapValidator(_file_or_sets)] = Field(

@@ -68,6 +68,23 @@ def test_null_takes_away_what_the_run_has_and_silence_keeps_it(tmp_path: Path) -
     assert json.loads(str(flatten(config)["train.stages"]))[0] == stages[0]
 
 
+def test_null_takes_label_smoothing_away(tmp_path: Path) -> None:
+    config = load(tmp_path, changed(0, label_smoothing=None), "train.label_smoothing=0.1")
+    assert [part.train.label_smoothing for _, part in parts(config)] == [0.0, 0.1]
+    assert parts(load_config(write(tmp_path, to_yaml(config)))) == parts(config)
+
+
+def test_a_mistake_in_a_stage_is_one_line(tmp_path: Path) -> None:
+    assert len(refusal(tmp_path, changed(0, epochs=0)).splitlines()) == 1
+    assert len(refusal(tmp_path, [STAGES[0] | {"epoch": 3}]).splitlines()) == 1
+
+
+def test_options_without_effect_are_fine_in_one_stage_while_another_uses_them(tmp_path: Path) -> None:
+    assert load(tmp_path, STAGES, "binarize.input_ste_width=2", "binarize.ste_width=2")
+    message = refusal(tmp_path, changed(0, binarize={"inputs": "none", "layers": [], "ste": "ede"}))
+    assert message.startswith("train.stages[0].binarize.ste: has no effect with binarize.layers=[].")
+
+
 def write(folder: Path, text: str) -> Path:
     path = folder / "again.yaml"
     path.write_text(text)

@@ -1,0 +1,166 @@
+"""Judges the search space of a configuration: its axes one by one, and every point of it by the rules for a run.
+
+A search must obey `orchestrator.config_rules` at every point, in every stage, so that no trial fails on a combination
+that could have been refused before the first one started. Pure functions, no effects. What only a built network can
+tell is tried by `orchestrator.resolve`.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.config_errors import SPACE, known_keys, leaf_keys, show, unknown_key, value_problem
+from orchestrator.config_stages import overlaid, place
+
+if TYPE_CHECKING:
+    from orchestrator.config import Config
+    from orchestrator.config_rules import Rule
+    from orchestrator.config_search import Domain, Search
+
+START, END = "binarize.bin_start", "binarize.bin_end"
+_NOT_SEARCHABLE = (
+    "name", "model.num_classes", "binarize.layers", "binarize.plan", "data.train", "data.val", "data.mean", "data.std",
+    "data.cache_folder", "data.cache_gb", "data.retry_s", "data.decoded_cache_gb", "schedule.milestones",
+    "train.init_from", "train.checkpoint", "train.distill", "train.kurtosis", "train.stages",
+    "cluster", "storage", "tracking", "search",
+)  # fmt: skip
+# An integer axis up to this long is tried value by value, a longer one at its two ends.
+_MAX_VALUES = 256
+
+
+def space_problems(config: "Config", search: "Search", rules: Sequence["Rule"]) -> list[str]:
+    """Return what is wrong with a search: its axes, the points of its space by `rules`, its own keys."""
+    problems = [problem for key, domain in search.space.items() if (problem := _axis_problem(config, key, domain))]
+    if not problems:
+        problems = [problem for rule in rules if (problem := _space_problem(config, search, rule))]
+    problems += [problem for check in (_objective, _grid) if (problem := check(search))]
+    problems += _stages_in_search(config, search)
+    return problems
+
+
+def _stages_in_search(config: "Config", search: "Search") -> Iterator[str]:
+    if config.train.stages is None:
+        return
+    if search.epochs is not None:
+        yield f"search.epochs: {search.epochs}, but with train.stages each stage has its own. Leave it out."
+    if search.early_stop is not None:
+        yield (
+            f"search.early_stop: {search.early_stop} would end trials in an early stage, whose accuracy says little of "
+            "the last one's, and rank them by it. Write none."
+        )
+    for key in search.space:
+        section, _, leaf = key.partition(".")
+        sections = [getattr(stage, section, None) for stage in config.train.stages]
+        if key == "train.epochs" or all(
+            written is not None and leaf in written.model_fields_set for written in sections
+        ):
+            yield f"{SPACE}.{key}: each stage in train.stages sets its own, so trials would not differ. Remove it."
+
+
+def _axis_problem(config: "Config", key: str, domain: "Domain") -> str | None:
+    if key in known_keys(type(config)) and _is_fixed(key):
+        return f"{SPACE}.{key}: cannot differ between the trials of a search. Set {key} itself."
+    searchable = {leaf: field for leaf, field in leaf_keys(type(config)).items() if not _is_fixed(leaf)}
+    if key not in searchable:
+        return f"{SPACE}.{unknown_key(key, searchable)}"
+    if key == "train.epochs" and config.search and config.search.epochs:
+        return (
+            f"{SPACE}.{key}: search.epochs={config.search.epochs} already sets it for each trial. Remove one of them."
+        )
+    field = searchable[key]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+    for value in domain.values:
+        try:
+            adapter.validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            return value_problem(f"{SPACE}.{key}", error.errors()[0], field)
+    return None
+
+
+def _is_fixed(key: str) -> bool:
+    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in _NOT_SEARCHABLE)
+
+
+def _space_problem(config: "Config", search: "Search", rule: "Rule") -> str | None:
+    axes = [key for key in rule.keys if key in search.space]
+    for point in points(search, axes) if axes else ():
+        trial = _with_values(config, point)
+        for where, part in (("", trial), *_staged(trial)):
+            if problem := rule.problem(part):
+                return point_problem(point, where + problem)
+    return None
+
+
+def _staged(config: "Config") -> Iterator[tuple[str, "Config"]]:
+    for position, stage in enumerate(config.train.stages or ()):
+        yield place(position, stage), overlaid(config, stage)
+
+
+def point_problem(point: Mapping[str, Any], problem: str) -> str:
+    """Return the line for what a trial at `point` would meet."""
+    chosen = ", ".join(f"{key}={show(value)}" for key, value in point.items())
+    return f"{SPACE}: a trial could get {chosen}. {problem} Or narrow the space."
+
+
+def points(search: "Search", axes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the points that a search can reach on `axes`, as far as they decide whether a rule holds."""
+    samples = {key: _samples(search.space[key]) for key in axes}
+    draws_end = {START, END} <= set(axes) and (search.algorithm == "grid" or search.space[END].kind == "int")
+    for values in itertools.product(*samples.values()):
+        point = dict(zip(axes, values, strict=True))
+        # The searcher draws the end from what the start leaves, so only a start that leaves nothing is wrong.
+        if draws_end and bin_range_is_empty(point[START], point[END]) and point[START] <= max(samples[END]):
+            continue
+        yield point
+
+
+def bin_range_is_empty(start: int | None, end: int | None) -> bool:
+    """Whether both ends of the range of binary layers are given and leave no layer."""
+    return start is not None and end is not None and start > end
+
+
+def _num_points(domain: "Domain") -> int:
+    return domain.int_[1] - domain.int_[0] + 1 if domain.int_ else len(domain.values)
+
+
+def _samples(domain: "Domain") -> tuple[Any, ...]:
+    if domain.int_ is None:
+        return domain.values
+    low, high = domain.int_
+    return tuple(range(low, high + 1)) if high - low < _MAX_VALUES else domain.int_
+
+
+def _with_values(config: "Config", values: Mapping[str, Any]) -> "Config":
+    """Return an unvalidated copy of `config` with leaves of its sections replaced."""
+    for key, value in values.items():
+        section, _, leaf = key.rpartition(".")
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update={leaf: value})})
+    return config
+
+
+def _objective(search: "Search") -> str | None:
+    if len(search.objectives) > 1:
+        return f"search.objectives: {len(search.objectives)} objectives; this version improves one. Keep the first."
+    objective = search.objectives[0]
+    wanted = "min" if objective.metric == "val_loss" else "max"
+    if objective.mode == wanted:
+        return None
+    return f"search.objectives: mode {objective.mode} would look for the worst {objective.metric}. Use mode: {wanted}."
+
+
+def _grid(search: "Search") -> str | None:
+    if search.algorithm != "grid":
+        return None
+    for key, domain in search.space.items():
+        if domain.kind not in {"int", "choice"}:
+            return f"{SPACE}.{key}: {domain.kind} has no end of values, and a grid visits each. Use choice, or tpe."
+    pair = [key for key in (START, END) if key in search.space]
+    others = (_num_points(domain) for key, domain in search.space.items() if key not in pair)
+    size = math.prod(others) * sum(1 for _ in points(search, pair))
+    if size <= search.num_trials:
+        return None
+    return f"search.num_trials: {search.num_trials} is less than the {size} points of the grid. Raise it."
