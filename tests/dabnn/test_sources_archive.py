@@ -136,6 +136,16 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
         open_source(str(tmp_path / "images.tar"))
 
 
+def test_a_negative_size_does_not_send_the_reader_back(tmp_path: Path) -> None:
+    header = bytearray(tar_bytes({"a/b.png": b"x"})[:512])
+    header[124:136] = b"-00000002000"
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    (tmp_path / "images.tar").write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(InvalidInputError, match="no tar archive, or damaged"):
+        open_source(str(tmp_path / "images.tar"))
+
+
 def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
     whole = {"tar": tar_bytes(FILES, layout=tarfile.PAX_FORMAT)}
     whole["zip"] = write_zip(tmp_path / "images.zip", FILES).read_bytes()

@@ -167,6 +167,11 @@ def test_a_file_that_is_nothing_is_refused_in_each_format(tmp_path: Path, name: 
         open_source(str(tmp_path / "x.bin"), name)
 
 
+def test_a_path_that_the_system_refuses_is_an_error_of_the_input() -> None:
+    with pytest.raises(InvalidInputError, match="cannot be read: File name too long"):
+        open_source("x" * 5000)
+
+
 def test_options_that_a_layout_has_no_use_for_are_told(tmp_path: Path) -> None:
     write_tree(tmp_path / "sketchy_recognition", num_train=2, num_val=1)
     source = open_source(str(tmp_path), val_fraction=0.5)

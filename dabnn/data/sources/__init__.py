@@ -68,18 +68,24 @@ def open_source(
         if source != f"{BUILTIN_PREFIX}digits" or format not in ("auto", "digits"):
             raise InvalidInputError(f"{source}: not a built-in dataset; there is {BUILTIN_PREFIX}digits")
         return _with_unused(digits(), val_fraction, split_lists)
-    path = Path(source).absolute()
+    require_fraction(val_fraction)
+    try:
+        return _open(Path(source).absolute(), format, val_fraction, seed, split_lists)
+    except OSError as error:
+        raise InvalidInputError(f"{error.filename or source}: cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: Path, format_: str, val_fraction: float | None, seed: int, split_lists: Path | None) -> Source:
     if not path.exists():
         raise InvalidInputError(f"{path}: no such folder or archive; give a folder of images or {BUILTIN_PREFIX}digits")
-    require_fraction(val_fraction)
-    format = recognise(path) if format == "auto" else format  # noqa: A001 - as above
-    if format == "folder":
+    format_ = recognise(path) if format_ == "auto" else format_
+    if format_ == "folder":
         return image_folder(path, val_fraction=val_fraction, seed=seed, split_lists=split_lists)
-    if format == "tuberlin":
+    if format_ == "tuberlin":
         return tuberlin(path, val_fraction=val_fraction, seed=seed, split_lists=split_lists)
-    if format == "omniglot":
+    if format_ == "omniglot":
         return _with_unused(omniglot(path, val_fraction=val_fraction, seed=seed), None, split_lists)
-    opened = cifar(path, format) if format in ("cifar10", "cifar100") else _WITH_OWN_SPLIT[format](path)
+    opened = cifar(path, format_) if format_ in ("cifar10", "cifar100") else _WITH_OWN_SPLIT[format_](path)
     return _with_unused(opened, val_fraction, split_lists)
 
 

@@ -118,7 +118,7 @@ def cifar(path: Path, dataset: str | None = None) -> Source:
         for split, names in (("train", layout.train), ("val", (layout.val,)))
     }
     return Source(
-        name=str(path.resolve()),
+        name=str(place.resolve()),
         classes=table.classes,
         splits=splits,
         read=CifarRead(place, layout),

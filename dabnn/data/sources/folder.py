@@ -5,9 +5,19 @@ from pathlib import Path
 
 from dabnn.data.images import EXTENSIONS
 from dabnn.data.sources.archive import list_archive
-from dabnn.data.sources.records import SPLITS, Record, Source, require_fraction, split_class, split_notes
+from dabnn.data.sources.records import (
+    SPLITS,
+    Record,
+    Source,
+    read_lines,
+    require_fraction,
+    split_class,
+    split_notes,
+)
 from dabnn.data.sources.tree import Found, Tree, list_folder
 from dabnn.errors import InvalidInputError
+
+_LISTS = "split_lists is a folder with train.txt and val.txt, which name one image a line, relative to the source"
 
 
 def image_folder(
@@ -31,7 +41,8 @@ def image_folder(
     Raises:
         InvalidInputError: A folder is missing or empty, or `val` has a class that `train` does not have.
     """
-    return source_of_tree(open_tree(folder), val_fraction=val_fraction, seed=seed, split_lists=split_lists)
+    tree = open_tree(folder)
+    return source_of_tree(tree, val_fraction=val_fraction, seed=seed, split_lists=split_lists)
 
 
 def open_tree(path: Path) -> Tree:
@@ -211,7 +222,8 @@ def split_by_lists(
     split_of: dict[str, str] = {}
     for split in SPLITS:
         path = folder / f"{split}.txt"
-        for number, name in enumerate(_lines(path), 1):
+        for number, line in enumerate(read_lines(path, _LISTS), 1):
+            name = line.removeprefix("./")
             if name not in known:
                 raise InvalidInputError(f"{path}: line {number} names {name!r}, which is no image of {root}")
             if name in split_of:
@@ -227,14 +239,3 @@ def split_by_lists(
     num_left_out = len(known) - len(split_of)
     notes = (f"{num_left_out:,} images are in neither list and were left out",) if num_left_out else ()
     return splits, notes
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(
-            f"{path}: cannot be read ({error}); split_lists is a folder with train.txt and val.txt, which name one "
-            "image a line, relative to the source"
-        ) from error
-    return [line.strip().removeprefix("./") for line in text.splitlines() if line.strip()]

@@ -120,7 +120,8 @@ def _val_tree(path: Path, root: Path) -> Tree:
         tree = list_archive(root / VAL_TAR, VAL_TAR)
     else:
         raise InvalidInputError(
-            f"{path}: no validation images of imagenet12; looked for val/WNID/*.JPEG, val/*.JPEG and {VAL_TAR}"
+            f"{path}: no validation images of imagenet12; looked for val/WNID/*.JPEG, val/*.JPEG and {VAL_TAR}. To "
+            "have them drawn from train, give format folder and val_fraction"
         )
     if not tree.files:
         raise InvalidInputError(f"{tree.root / 'val'}: no validation image in it")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dabnn.data.sources.records import read_lines
 from dabnn.errors import InvalidInputError
 
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -101,10 +102,10 @@ def _meta_wnids(path: Path, data: bytes) -> dict[int, str]:
 
 
 def _from_list(path: Path, synsets_path: Path) -> dict[str, str]:
-    synsets = [line.split()[0] for line in synsets_path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    synsets = [line.split()[0] for line in read_lines(synsets_path, "it names one class a line")]
     labels = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        name, _, label = line.strip().rpartition(" ")
+    for number, line in enumerate(read_lines(path, "it names an image and its class a line"), 1):
+        name, _, label = line.rpartition(" ")
         if not label.isdigit() or int(label) >= len(synsets):
             raise InvalidInputError(
                 f"{path}: line {number} is {line!r}, not a file name and a number from 0 to {len(synsets) - 1}, a line "
@@ -116,10 +117,9 @@ def _from_list(path: Path, synsets_path: Path) -> dict[str, str]:
 
 def _from_kaggle(path: Path) -> dict[str, str]:
     labels = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            name, prediction = row.get("ImageId"), row.get("PredictionString")
-            if not name or not prediction or not prediction.split():
-                raise InvalidInputError(f"{path}: no columns ImageId and PredictionString with a WordNet id first")
-            labels[name] = prediction.split()[0]
+    for row in csv.DictReader(read_lines(path, "it has a line an image")):
+        name, prediction = row.get("ImageId"), row.get("PredictionString")
+        if not name or not prediction or not prediction.split():
+            raise InvalidInputError(f"{path}: no columns ImageId and PredictionString with a WordNet id first")
+        labels[name] = prediction.split()[0]
     return labels

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dabnn.data.images import EXTENSIONS
-from dabnn.data.sources.records import SPLITS, WINDOW_BYTES, Record, Source, split_notes
+from dabnn.data.sources.records import SPLITS, WINDOW_BYTES, Record, Source, numbered_classes, split_notes
 from dabnn.data.sources.split_files import files_by_split, stamp_of, train_and_val
 from dabnn.data.sources.tree import extension_of
 from dabnn.errors import DabError, InvalidInputError
@@ -55,7 +55,7 @@ def parquet(path: Path) -> Source:
     try:
         columns = _find_columns(files["train"][0])
         labels = {file: _labels(file, columns) for listed in files.values() for file in listed}
-        classes = columns.classes or _classes(labels.values())
+        classes = columns.classes or _classes(labels.values(), str(path))
         listed = {split: _records(path, files[split], columns, labels, classes) for split in SPLITS}
     except ArrowException as error:
         raise InvalidInputError(f"{path}: a file is no Parquet file, or damaged: {error}; get it again") from error
@@ -118,7 +118,8 @@ def _features(schema: "Schema") -> Mapping[str, dict[str, Any]]:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
         return {}
-    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    listed = features.items() if isinstance(features, dict) else ()
+    return {name: feature for name, feature in listed if isinstance(feature, dict)}
 
 
 def _labels(file: Path, columns: _Columns) -> list[Any]:
@@ -134,10 +135,10 @@ def _labels(file: Path, columns: _Columns) -> list[Any]:
     return labels
 
 
-def _classes(labels: Any) -> tuple[str, ...]:
+def _classes(labels: Any, where: str) -> tuple[str, ...]:
     known = {label for listed in labels for label in listed}
     if all(isinstance(label, int) for label in known):
-        return tuple(str(label) for label in range(max(known, default=-1) + 1))
+        return numbered_classes(max(known, default=-1), where)
     return tuple(sorted(str(label) for label in known))
 
 

@@ -17,6 +17,7 @@ from dabnn.errors import DabError, InvalidInputError
 
 SPLITS = ("train", "val")
 _SHUFFLE_SEED = 0
+_MAX_CLASSES = 2**20
 _BLOCK_LEVEL, _RECORD_LEVEL = 0, 1
 # About what a reader of compressed blocks keeps in memory; see `Source.blocks`.
 WINDOW_BYTES = 256 * 2**20
@@ -139,6 +140,37 @@ def read_at(path: Path, offset: int, num_bytes: int) -> bytes:
             parts.append(part)
             offset, num_bytes = offset + len(part), num_bytes - len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_lines(path: Path, purpose: str) -> list[str]:
+    """Returns the lines of a text file that have text, without the space around it.
+
+    Args:
+        path: The file.
+        purpose: What it is for, for the message.
+
+    Raises:
+        InvalidInputError: It cannot be read, or is no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error}); {purpose}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def numbered_classes(highest: int, where: str) -> tuple[str, ...]:
+    """Returns the names of classes that have numbers alone, `0` to `highest`.
+
+    Raises:
+        InvalidInputError: The number is no number of a class.
+    """
+    if highest >= _MAX_CLASSES:
+        raise InvalidInputError(
+            f"{where}: has the label {highest}; labels number the classes from 0, and more than {_MAX_CLASSES:,} are "
+            "not read. Number the classes without gaps"
+        )
+    return tuple(str(label) for label in range(highest + 1))
 
 
 def require_fraction(val_fraction: float | None) -> None:

@@ -96,11 +96,10 @@ def _require_tar(path: Path, header: bytes, position: int) -> None:
 
 def _parse_header(path: Path, header: bytes, position: int, extra: _Extra) -> tuple[str, Member]:
     try:
-        checksum = int(header[148:156].strip(b"\0 "), 8)
-        num_bytes = _number(header[124:136])
+        checksum, num_bytes = _number(header[148:156]), _number(header[124:136])
     except ValueError as error:
         raise _damaged(path, f"no tar header at byte {position:,}") from error
-    if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+    if num_bytes < 0 or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
         raise _damaged(path, f"the header at byte {position:,} has a wrong checksum")
     kind = header[156:157].replace(b"\0", b"0").decode("latin1")
     if kind in _EXTENDED:

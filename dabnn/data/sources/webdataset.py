@@ -1,12 +1,12 @@
 """WebDataset shards that are there already: tar files of `KEY.jpg` and `KEY.cls`, which are indexed, not copied."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from dabnn.data.images import EXTENSIONS
 from dabnn.data.sources.members import Member
-from dabnn.data.sources.records import FileRead, Record, Source, read_at, split_notes
+from dabnn.data.sources.records import FileRead, Record, Source, numbered_classes, read_at, read_lines, split_notes
 from dabnn.data.sources.split_files import files_by_split, stamp_of, train_and_val
 from dabnn.data.sources.tar import scan_tar
 from dabnn.data.sources.tree import extension_of
@@ -125,15 +125,11 @@ def _read_label(file: Path, key: str, label: Member) -> int:
 def _classes(path: Path, records: Sequence[Record]) -> tuple[str, ...]:
     highest = max(records, key=lambda record: record.label)
     if not (path / CLASS_NAMES).is_file():
-        return tuple(str(label) for label in range(highest.label + 1))
-    classes = tuple(_names((path / CLASS_NAMES).read_text(encoding="utf-8")))
+        return numbered_classes(highest.label, highest.name)
+    classes = tuple(read_lines(path / CLASS_NAMES, "it names one class a line"))
     if highest.label >= len(classes):
         raise InvalidInputError(
             f"{path / CLASS_NAMES}: names {len(classes)} classes, and {highest.name} has the label {highest.label}; "
             "name them all, or delete the file to have numbers"
         )
     return classes
-
-
-def _names(text: str) -> Iterator[str]:
-    return (line.strip() for line in text.splitlines() if line.strip())
