@@ -38,6 +38,7 @@ from dabnn.sync_batchnorm import synchronize
 from dabnn.transfer import check_same, check_teacher, transfer
 
 _UNRELIABLE = "computed again the step is finite, so an operation or the memory is not reliable"
+_MOST_MOMENTS = 2  # numbers that an optimizer keeps for a weight, as adam does
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -233,6 +234,14 @@ class Learner:
 
     def _new_average(self) -> Average | None:
         return None if self._decay is None else Average(self.net, self._decay)
+
+
+def checkpoint_bytes(spec: TrainSpec) -> int:
+    """Return about how many bytes a checkpoint of a run takes at most: one of the stage with the largest network."""
+    copies = 1 + _MOST_MOMENTS + (spec.ema_decay is not None)
+    with torch.device("meta"):  # sizes are enough
+        nets = [build(**stage.model) for stage in spec.parts]
+    return copies * max(sum(tensor.nbytes for tensor in net.state_dict().values()) for net in nets)
 
 
 def check_precision(precision: str, device: torch.device) -> torch.autocast:

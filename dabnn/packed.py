@@ -26,6 +26,8 @@ from kernels import pack_signs, packed_conv2d
 _REPLACED = ("weight", "alpha", "beta", "threshold")
 # Rounded, it would change signs that the check of the layers compares one by one.
 _NEVER_HALF = "input_shift"
+# Of a `SignThreshold`: a channel whose sign turns beyond the range of float16 has one sign for every input there.
+_ANY_SIZE = ".threshold"
 
 
 class PackedConv2d(nn.Module):
@@ -147,7 +149,8 @@ class PackedModel:
             Size of the file in bytes.
 
         Raises:
-            InvalidInputError: The folder does not exist, or a value is beyond the range of float16.
+            InvalidInputError: The folder does not exist, or a value that is no threshold is beyond the range of
+                float16.
             DabError: The file cannot be written, for example because the disk is full; no part of it is left.
         """
         extras = {
@@ -337,7 +340,9 @@ def _two_valued_conv(layer: BinaryConv2d, mask: Tensor, alpha: Tensor, beta: Ten
 def _to_half(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() or name.endswith(_NEVER_HALF):
         return tensor
-    half = tensor.half()
+    half = tensor.half()  # rounds what is beyond its range to infinity
+    if name.endswith(_ANY_SIZE):
+        return half
     if not torch.equal(half.isfinite(), tensor.isfinite()):
         largest = tensor.abs().max().item()
         raise InvalidInputError(f"half: {name} reaches {largest:g}, and float16 ends at 65504. Export without --half.")

@@ -40,7 +40,8 @@ def transfer(state: Mapping[str, Any], net: Network, source: str) -> None:
     are left behind.
 
     Args:
-        state: Of the source, as a checkpoint holds it: `net`, its state dictionary, and `model`, that it was built from.
+        state: Of the source, as a checkpoint holds it: `net`, its state dictionary, and `model`, what it was built from
+            (the arguments of `build`).
         net: Changed in place.
         source: What error messages start with: the field or file that the weights come from.
 

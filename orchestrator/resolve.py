@@ -15,6 +15,7 @@ from dabnn.data.location import Location
 from dabnn.data.reader import verify_sizes
 from dabnn.data.remote import is_url, shown
 from dabnn.errors import InvalidInputError
+from dabnn.learner import checkpoint_bytes
 from dabnn.models import ModelTable, build, describe
 from dabnn.options import LayerOptions
 from dabnn.schedules import Schedule
@@ -34,7 +35,6 @@ from orchestrator.config import Config, parts, with_files, with_overrides
 from orchestrator.config_rules import STAGE_TEACHER
 from orchestrator.plan_file import load_plan
 
-_ADAM_COPIES = 3  # weights and two moments
 _MEGABYTE, _GIGABYTE = 1e6, 1e9
 
 
@@ -209,10 +209,9 @@ def check_room(config: Config, storage: Path) -> None:
     Raises:
         InvalidInputError: Names the space needed and free.
     """
-    table = model_table(config)
     policy = config.train.checkpoint
     kept = policy.keep_last + policy.keep_best + len(parts(config)) - 1  # the end of each stage stays
-    needed = table.float_bytes * _ADAM_COPIES * (kept + 1)
+    needed = checkpoint_bytes(train_spec(config)) * (kept + 1)
     existing = next(folder for folder in (storage, *storage.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

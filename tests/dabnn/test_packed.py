@@ -118,6 +118,22 @@ def test_half_precision_rounds_the_scalars_and_keeps_the_bits(tmp_path):
     assert loaded(images(2, loaded.spec)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("slope", [1e-9, -1e-9])
+@pytest.mark.parametrize("shift", [1.0, -1.0])
+def test_a_nearly_dead_channel_is_always_or_never_positive_in_half_precision(slope, shift, tmp_path):
+    net = network(name="bincifarfbin")
+    with torch.no_grad():
+        net.bn4.weight[0], net.bn4.bias[0] = slope, shift  # its sign turns at about 1e9
+    packed = pack(net)
+    packed.save(tmp_path / "half.dab", half=True)
+    loaded = load_packed(tmp_path / "half.dab")
+    assert packed.tensors["bn4.threshold"][0].abs() > 65504
+    assert loaded.tensors["bn4.threshold"][0].isinf()
+    x = torch.randn(2, len(net.bn4.weight), 4, 4)
+    with torch.no_grad():
+        assert torch.equal(loaded.net.bn4(x)[:, 0], net.bn4(x)[:, 0].sign())
+
+
 def test_values_beyond_float16_are_refused(tmp_path):
     net = network(name="bincifarfbin")
     with torch.no_grad():

@@ -1,10 +1,14 @@
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from dabnn.distributed import World
 from dabnn.errors import InvalidInputError
+from dabnn.learner import Learner, checkpoint_bytes
 from dabnn.models import build
 from orchestrator.config import Config, load_config
 from orchestrator.resolve import check_room, manifest_of, model_table, resolve, train_spec
@@ -92,6 +96,28 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_with_both_sizes(digi
         check_room(resolve(kept), tmp_path / "not" / "yet")
     check_room(resolve(config(digits)), tmp_path / "not" / "yet")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [[], ["train.ema_decay=0.9"], ["binarize.weights=dab_learned"]])
+def test_the_room_for_a_checkpoint_is_what_one_takes(change: list[str], digits: Path) -> None:
+    resolved = resolve(config(digits, "model.width=0.5", *change))
+    spec = train_spec(resolved)
+    learner = Learner(spec, spec.parts[0], World.current(), None)
+    for parameter in learner.net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    learner.optimizer.step()
+    file = io.BytesIO()
+    torch.save(learner.state(), file)
+    assert checkpoint_bytes(spec) == pytest.approx(file.tell(), rel=0.02)
+
+
+def test_the_room_for_a_checkpoint_is_that_of_the_largest_stage(digits: Path) -> None:
+    stages = "[{name: a, epochs: 1, binarize: {weights: dab_learned}}, {name: b, epochs: 1}]"
+    sizes = [
+        checkpoint_bytes(train_spec(resolve(config(digits, *changes))))
+        for changes in ([], ["binarize.weights=dab_learned"], [f"train.stages={stages}"])
+    ]
+    assert sizes[0] < sizes[1] == sizes[2]
 
 
 def test_a_url_is_refused_as_storage_instead_of_becoming_a_folder(digits: Path) -> None:
