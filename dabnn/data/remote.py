@@ -185,7 +185,7 @@ def open_at(url: str, start: int) -> Iterator[Body]:
 
     def read(num_bytes: int) -> bytes:
         try:
-            data: bytes = response.read(num_bytes)
+            data: bytes = response.read1(num_bytes)
         except (OSError, http.client.HTTPException) as error:
             raise _no_answer(shown(url), error) from None
         return data
