@@ -159,7 +159,7 @@ def _manifest(plan: BuildPlan, results: Sequence[tuple[ShardTask, ShardResult]])
     shards: dict[str, list[Shard]] = {split: [] for split in plan.source.splits}
     labels: dict[str, Counter[int]] = {split: Counter() for split in plan.source.splits}
     for task, result in results:
-        statistics.merge(result.statistics)
+        (statistics.merge if task.split == "train" else statistics.merge_sizes)(result.statistics)
         shards[task.split].append(result.shard)
         labels[task.split].update(dict(result.class_counts))
     splits = {

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dabnn.data.encode import Encoding
 from dabnn.data.images import decode_image
@@ -21,11 +21,9 @@ from dabnn.data.processes import Tell
 from dabnn.data.shards import IndexColumns, StoredSample, file_sha256, index_path, write_shard
 from dabnn.data.sources import Record
 from dabnn.data.sources.records import FileRead
+from dabnn.data.sources.webdataset import key_of
 from dabnn.data.statistics import ImageStatistics
 from dabnn.errors import DabError, InvalidInputError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 MAX_NAMED_FAILURES = 3
 
@@ -158,22 +156,29 @@ def _result(task: ShardTask, shard: Shard, counted: _Counted) -> ShardResult:
 def _samples(task: ShardTask, counted: _Counted, tell: Tell) -> Iterator[StoredSample]:
     for position, record in enumerate(task.records, task.first):
         try:
-            data, extension, image = _read(task, record)
+            data, extension = _read_and_count(task, record, counted.statistics)
         except DabError:
             raise
         except ValueError as error:
             counted.failures.append(f"{record.name} ({error})")
         else:
-            if task.split == "train":
-                counted.statistics.add(image)
-            else:
-                counted.statistics.add_size(image)
             counted.labels[record.label] += 1
-            yield StoredSample(f"{position:08d}", record.name, extension, data, record.label)
+            key = f"{position:08d}" if task.existing is None else key_of(record)
+            yield StoredSample(key, record.name, extension, data, record.label)
         tell(1)
 
 
-def _read(task: ShardTask, record: Record) -> tuple[bytes, str, "Image"]:
+def _read_and_count(task: ShardTask, record: Record, statistics: ImageStatistics) -> tuple[bytes, str]:
+    data, extension = _read(task, record), record.extension
+    if task.encoding is not None:
+        data, extension, image = task.encoding.apply(data, extension)
+        statistics.add(image)
+    elif not statistics.add_file(data):
+        statistics.add(decode_image(data))
+    return data, extension
+
+
+def _read(task: ShardTask, record: Record) -> bytes:
     try:
         data = task.read(record)
     except FileNotFoundError as error:
@@ -188,9 +193,7 @@ def _read(task: ShardTask, record: Record) -> tuple[bytes, str, "Image"]:
             f"{record.name}: {len(data)} bytes, and {record.num_bytes} when the build began, so the source is being "
             "written to. Build again when it is complete"
         )
-    if task.encoding is not None:
-        return task.encoding.apply(data, record.extension)
-    return data, record.extension, decode_image(data)
+    return data
 
 
 def _index_shard(path: Path, existing: Path, samples: Iterator[StoredSample], records: tuple[Record, ...]) -> Shard:
