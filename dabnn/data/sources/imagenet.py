@@ -14,6 +14,7 @@ from dabnn.data.images import EXTENSIONS
 from dabnn.data.sources.archive import list_archive
 from dabnn.data.sources.folder import class_records, own_splits, to_record
 from dabnn.data.sources.imagenet_labels import read_val_wnids
+from dabnn.data.sources.members import Member
 from dabnn.data.sources.records import FileRead, Record, Source, split_notes
 from dabnn.data.sources.tar import scan_tar
 from dabnn.data.sources.tree import Found, Tree, extension_of, list_folder
@@ -103,7 +104,7 @@ def _list_nested(root: Path) -> Tree:
         if not _WNID.match(wnid) or not outer.name.endswith(".tar"):
             raise InvalidInputError(f"{path}: has a member {outer.name!r}; it should hold one WNID.tar a class alone")
         folders.add(f"train/{wnid}")
-        for inner in scan_tar(path, outer.offset, outer.offset + outer.num_bytes):
+        for inner in _members_of(path, outer):
             if extension_of(inner.name) in EXTENSIONS:
                 files.append(Found(f"train/{wnid}/{inner.name}", inner.num_bytes, (TRAIN_TAR, inner.offset)))
             else:
@@ -111,6 +112,13 @@ def _list_nested(root: Path) -> Tree:
     status = path.stat()
     stamp = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
     return Tree(root, tuple(sorted(files)), frozenset(folders), num_passed_over, stamp, FileRead(root))
+
+
+def _members_of(path: Path, outer: Member) -> list[Member]:
+    try:
+        return list(scan_tar(path, outer.offset, outer.offset + outer.num_bytes))
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{path}: in {outer.name}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def _val_tree(path: Path, root: Path) -> Tree:
