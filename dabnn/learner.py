@@ -241,7 +241,12 @@ def checkpoint_bytes(spec: TrainSpec) -> int:
     copies = 1 + _MOST_MOMENTS + (spec.ema_decay is not None)
     with torch.device("meta"):  # sizes are enough
         nets = [build(**stage.model) for stage in spec.parts]
-    return copies * max(sum(tensor.nbytes for tensor in net.state_dict().values()) for net in nets)
+    return copies * max(map(_state_bytes, nets))
+
+
+def _state_bytes(net: nn.Module) -> int:
+    state: Mapping[str, Tensor] = net.state_dict()
+    return sum(tensor.nbytes for tensor in state.values())
 
 
 def check_precision(precision: str, device: torch.device) -> torch.autocast:

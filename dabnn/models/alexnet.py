@@ -36,7 +36,7 @@ def _stages(b: Blocks) -> Stages:
     for index, conv in enumerate(convs, start=1):
         stages |= b.unit(index, conv, pool=nn.MaxPool2d(3, stride=2) if index in (1, 2, 5) else None)
         if index in (5, 6):
-            stages[f"dropout{index}"] = nn.Dropout2d(_DROPOUT[b.variant.kind])
+            stages |= b.dropout(index, nn.Dropout2d(_DROPOUT[b.variant.kind]))
     return stages | {"conv8": nn.Conv2d(c6, b.shape.num_classes, 1), "flatten": nn.Flatten()}
 
 

@@ -4,7 +4,8 @@ conv 3x3 128 twice, pool, 256 twice, pool, Dropout2d 0.4, 512 twice, pool, Dropo
 are 2x2. Convolution 1 stands as conv, BN, ReLU. All convolutions keep their biases.
 
 Variants: `bincifar` stands as BN, conv, ReLU on 2 to 7 and BN, conv on 8; with bin_start 2 and bin_end 7 it is the
-weight-binary twin of the published logs. `bincifarfbin` stands as BN, Sign, conv, ReLU on 2 to 7, then conv 8.
+weight-binary twin of the published logs. `bincifarfbin` stands as BN, Sign, conv, ReLU on 2 to 7, then conv 8; in
+bireal order it has no dropout, which would stand right before a sign.
 
 Departures from the reference: no ReLU on the logits of `bincifar`, which gave samples with ten equal scores and no
 gradient; the kernel of convolution 7 follows the image size (4x4 at 32 pixels), where the reference folded the
@@ -35,7 +36,7 @@ def _stages(b: Blocks) -> Stages:
     for index, conv in enumerate(convs, start=1):
         stages |= b.unit(index, conv, norm_first=index > 1, pool=nn.MaxPool2d(2) if index in (2, 4, 6) else None)
         if index in (4, 6):
-            stages[f"dropout{index}"] = nn.Dropout2d(0.4)
+            stages |= b.dropout(index, nn.Dropout2d(0.4))
     if b.variant.kind is Kind.FLOAT:
         stages["bn8"] = nn.BatchNorm2d(c7)
     return stages | {"conv8": nn.Conv2d(c7, b.shape.num_classes, 1), "flatten": nn.Flatten()}

@@ -8,7 +8,8 @@ Two block orders, by whether a convolution of the variant takes sign inputs:
   arXiv 1808.00278). Where the convolution changes the shape, the shortcut averages over positions and repeats or cuts
   channels, without parameters. Since no BN stands before the sign, a ReLU there would leave only +1: it is left out,
   as in that paper, unless the activation is an RPReLU (ReActNet, arXiv 2003.03488), which keeps negative numbers. For
-  the same reason a max-pool between a convolution and a sign goes before the BN.
+  the same reason a max-pool between a convolution and a sign goes before the BN, and dropout there is left out: all
+  that it drops would be +1.
 """
 
 import math
@@ -134,6 +135,10 @@ class Blocks:
         if self.activation == "rprelu":
             return {f"rprelu{suffix}": RPReLU(num_channels)}
         return {} if self._goes_unactivated() else {f"relu{suffix}": nn.ReLU()}
+
+    def dropout(self, suffix: object, layer: nn.Dropout | nn.Dropout2d) -> Stages:
+        """Return dropout before the next convolution; nothing where it would make dropped inputs +1 by their sign."""
+        return {} if self._goes_unactivated() else {f"dropout{suffix}": layer}
 
     def _goes_unactivated(self) -> bool:
         """Return whether the last convolution's output goes to a sign with no BN before it."""

@@ -5,6 +5,7 @@ then BN, 1x1 classes, average over positions. Pools are 3x3 stride 2 with paddin
 eps is 1e-4; the BN after convolution 1 and the one before convolution 9 have no scale and shift.
 
 The one variant, `nin`, takes sign inputs on 2 to 8 (BN, Sign, conv, ReLU); `inputs="none"` is its weight-binary twin.
+In bireal order it has no dropout, which would stand right before a sign.
 
 Departures from the reference: any number of classes (it had 10 always); no ReLU on the logits; dropout 0.5 acts before
 the BN of convolutions 4 and 7 rather than between their sign and convolution, where it made inputs of three values;
@@ -25,12 +26,12 @@ def _stages(b: Blocks) -> Stages:
         **b.unit(1, nn.Conv2d(b.shape.in_channels, c, 5, padding=2), eps=_EPS),
         **b.unit(2, nn.Conv2d(c, c2, 1), eps=_EPS),
         **b.unit(3, nn.Conv2d(c2, c3, 1), eps=_EPS, pool=nn.MaxPool2d(3, stride=2, padding=1)),
-        "dropout3": nn.Dropout(0.5),
+        **b.dropout(3, nn.Dropout(0.5)),
         **b.unit(4, nn.Conv2d(c3, c, 5, padding=2), eps=_EPS),
         **b.unit(5, nn.Conv2d(c, c, 1), eps=_EPS),
         **b.unit(6, nn.Conv2d(c, c, 1), eps=_EPS),
         "pool6": nn.AvgPool2d(3, stride=2, padding=1),
-        "dropout6": nn.Dropout(0.5),
+        **b.dropout(6, nn.Dropout(0.5)),
         **b.unit(7, nn.Conv2d(c, c, 3, padding=1), eps=_EPS),
         **b.unit(8, nn.Conv2d(c, c, 1), eps=_EPS),
         "bn9": nn.BatchNorm2d(c, _EPS, affine=False),

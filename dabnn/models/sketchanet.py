@@ -4,7 +4,8 @@ conv 15x15/3 64, pool, 5x5 128, pool, 3x3 256 three times, pool, 7x7 512, 1x1 51
 Dropout2d after convolutions 6 and 7. Feature maps at 225 pixels: 71, 35, 31, 15, 7, 1.
 
 Variants: convolutions with sign inputs stand as BN, Sign, conv, ReLU, the others as conv, BN, ReLU. All but the float
-one drop the biases of convolutions 2 to 7.
+one drop the biases of convolutions 2 to 7. In bireal order `sketchanetfbin` has no dropout after convolution 6, where
+it would stand right before a sign.
 
 Departures from the reference: the kernel of convolution 6 follows the image size (7x7 at 225 to 236 pixels), where the
 reference failed on smaller images and folded the positions of larger ones into the batch; the output is logits.
@@ -34,7 +35,7 @@ def _stages(b: Blocks) -> Stages:
     for index, conv in enumerate(convs, start=1):
         stages |= b.unit(index, conv, pool=nn.MaxPool2d(3, stride=2) if index in (1, 2, 5) else None)
         if index in (6, 7):
-            stages[f"dropout{index}"] = nn.Dropout2d(0.2 if b.variant.signs else 0.1)
+            stages |= b.dropout(index, nn.Dropout2d(0.2 if b.variant.signs else 0.1))
     return stages | {"conv8": nn.Conv2d(c6, b.shape.num_classes, 1), "flatten": nn.Flatten()}
 
 

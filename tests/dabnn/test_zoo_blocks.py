@@ -1,5 +1,6 @@
 """Block orders: shortcuts round binary convolutions, activations, and options that a variant brings along."""
 
+import itertools
 import json
 from dataclasses import asdict
 
@@ -16,6 +17,7 @@ from dabnn.packed import load_packed, pack
 from dabnn.plans import numbered_convs
 
 SMALL = {"num_classes": 5, "width": 0.25, "seed": 3}
+DROPOUTS = (nn.Dropout, nn.Dropout2d)
 ABLE = {
     "sketchanetfbin": 81, "sketchanethybridv2": 81, "alexnetfbin": 63, "bincifarfbin": 16, "nin": 16, "vgg_small": 16,
     "resnet20": 16, "resnetfbin18": 16, "resnethybridv318": 16,
@@ -65,6 +67,30 @@ def test_signs_read_both_sides(name, size, block):
             conv.register_forward_pre_hook(lambda _, x, path=path: shares.update({path: (x[0] >= 0).float().mean()}))
     net(images(net))
     assert all(0.02 < share < 0.98 for share in shares.values()), shares
+
+
+@pytest.mark.parametrize("activation", [None, "rprelu"])
+@pytest.mark.parametrize(("name", "size"), {**ABLE, "alexnethybrid": 63, "sketchanethybrid": 81}.items())
+def test_no_dropout_stands_right_before_a_sign(name, size, activation):
+    net = build(name, block="bireal", activation=activation, input_size=size, **SMALL)
+    for module, after in itertools.pairwise(net):
+        assert not (isinstance(module, DROPOUTS) and isinstance(after, BinaryConv2d) and after.binary_input)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropouts"),
+    [
+        ("bincifarfbin", {"reference": ["dropout4", "dropout6"], "bireal": []}),
+        ("nin", {"reference": ["dropout3", "dropout6"], "bireal": []}),
+        ("sketchanetfbin", {"reference": ["dropout6", "dropout7"], "bireal": ["dropout7"]}),
+        ("sketchanethybrid", {"reference": ["dropout6", "dropout7"], "bireal": ["dropout6", "dropout7"]}),
+        ("alexnethybrid", {"reference": ["dropout5", "dropout6"], "bireal": ["dropout5", "dropout6"]}),
+    ],
+)
+def test_dropout_stays_where_what_follows_is_no_sign(name, dropouts):
+    for block, expected in dropouts.items():
+        net = build(name, block=block, num_classes=5, width=0.125)
+        assert [path for path, module in net.named_modules() if isinstance(module, DROPOUTS)] == expected
 
 
 @pytest.mark.parametrize("name", ["sketchanetfbin", "bincifarfbin", "nin", "vgg_small", "resnet20"])
