@@ -1,15 +1,24 @@
-"""Checking a dataset against its manifest: files, checksums, and every sample, read as plain WebDataset archives."""
+"""Checking a dataset against its manifest: files, checksums, and every sample, read as plain WebDataset archives.
+
+The archives are read from front to back, whatever the index says of them; what it says is then compared with that.
+Nothing is written, and no member is ever extracted.
+"""
 
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from dabnn.data.images import EXTENSIONS, decode_image
+from dabnn.data.archive import ArchivedSample, StrangeMember, read_archive
+from dabnn.data.build_plan import Listing
+from dabnn.data.images import decode_image
 from dabnn.data.manifest import Manifest, Shard, load_manifest
+from dabnn.data.processes import LocalProcesses, Tell, available_cpus
 from dabnn.data.shards import ShardIndex, file_sha256, index_path, load_index
 from dabnn.errors import DabError
+
+_MIN_IMAGES_PER_PROCESS = 2000
+_MAX_LABEL_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -17,8 +26,9 @@ class Problem:
     """Something wrong with a dataset.
 
     Attributes:
-        shard: The file's name.
-        kind: `missing`, `size`, `checksum`, `foreign`, `archive`, `count`, `decode`, `label` or `index`.
+        shard: The file's name; empty where it is about the whole dataset.
+        kind: `missing`, `size`, `checksum`, `foreign`, `archive`, `member`, `duplicate`, `count`, `decode`, `label`,
+            `index` or `source`.
         detail: What was found and what was expected, with the sample where it is about one.
     """
 
@@ -27,7 +37,27 @@ class Problem:
     detail: str
 
 
-def check_dataset(dest: Path, *, on_progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+@dataclass(frozen=True)
+class _CheckTask:
+    number: int
+    folder: Path
+    shard: Shard
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class _Checked:
+    number: int
+    problems: list[Problem]
+
+
+def check_dataset(
+    dest: Path,
+    *,
+    source: str | None = None,
+    num_processes: int | None = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Problem]:
     """Verifies every shard and sample of a dataset.
 
     A shard that is missing or of the wrong size is not read further. One of the right size whose checksum differs is,
@@ -35,106 +65,141 @@ def check_dataset(dest: Path, *, on_progress: Callable[[int, int], None] | None 
 
     Args:
         dest: The dataset's folder.
+        source: What it was built from, listed again as it was for the build; None: the source is not looked at.
+        num_processes: Processes of this machine, as many as are useful with None; see `build_dataset`.
         on_progress: Called as `on_progress(done, total)` with counts of samples, after each shard.
 
     Returns:
         The problems, shard by shard; none means that the dataset is what was built.
 
     Raises:
-        InvalidInputError: There is no manifest.
+        InvalidInputError: There is no manifest, or the source cannot be listed.
+        DabError: A process died.
     """
     dest = Path(dest)
     manifest = load_manifest(dest)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    tasks = [_CheckTask(number, dest, shard, len(manifest.classes)) for number, shard in enumerate(shards)]
     total = sum(shard.num_samples for shard in shards)
-    problems: list[Problem] = []
     done = 0
-    for shard in shards:
-        problems.extend(_check_shard(dest, shard, manifest))
-        done += shard.num_samples
+
+    def tell(number: int) -> None:
+        nonlocal done
+        done += number
         if on_progress is not None:
             on_progress(done, total)
-    known = {shard.name for shard in shards}
-    problems.extend(
-        Problem(path.name, "foreign", "a tar file that the manifest does not list; move it away or build again")
-        for path in sorted(dest.glob("*.tar"))
-        if path.name not in known
+
+    num_processes = num_processes or min(available_cpus(), -(-total // _MIN_IMAGES_PER_PROCESS))
+    checked = sorted(LocalProcesses(num_processes)(_check_shard, tasks, tell), key=lambda found: found.number)
+    problems = [problem for found in checked for problem in found.problems]
+    problems += _foreign_files(dest, shards)
+    return problems if source is None else [*problems, *_check_source(source, manifest)]
+
+
+def _foreign_files(dest: Path, shards: list[Shard]) -> Iterator[Problem]:
+    known = {shard.name for shard in shards} | {Path(shard.url).name for shard in shards if shard.url}
+    for path in sorted(dest.glob("*.tar")):
+        if path.name not in known:
+            yield Problem(path.name, "foreign", "a tar file that the manifest does not list; move it or build again")
+
+
+def _check_source(source: str, manifest: Manifest) -> Iterator[Problem]:
+    if not manifest.source_digest:
+        yield Problem("", "source", "the manifest is of format version 1 and knows no digest; build again to have one")
+        return
+    options = dict(manifest.source_options or {})
+    if options.get("split_lists"):
+        options["split_lists"] = Path(options["split_lists"])
+    found = Listing(source, **options).open()
+    if found.digest == manifest.source_digest:
+        return
+    counts = ", ".join(
+        f"{split} {len(records):,} now and {manifest.splits[split].num_samples:,} then"
+        for split, records in found.splits.items()
+        if split in manifest.splits
     )
-    return problems
+    yield Problem(
+        "",
+        "source",
+        f"{source} lists other images, labels or sizes than when the dataset was built ({counts} images); build again",
+    )
 
 
-def _check_shard(dest: Path, shard: Shard, manifest: Manifest) -> Iterator[Problem]:
-    path = dest / shard.name
-    if not path.is_file():
-        yield Problem(shard.name, "missing", "the manifest lists it, but there is no such file; build again")
+def _check_shard(task: _CheckTask, tell: Tell) -> _Checked:
+    problems = list(_shard_problems(task.folder, task.shard, task.num_classes))
+    tell(task.shard.num_samples)
+    return _Checked(task.number, [replace(problem, shard=task.shard.name) for problem in problems])
+
+
+def _shard_problems(folder: Path, shard: Shard, num_classes: int) -> Iterator[Problem]:
+    path = Path(shard.url) if shard.url else folder / shard.name
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes != shard.num_bytes:
+            yield Problem("", "size", f"{num_bytes} bytes, the manifest says {shard.num_bytes}; build again")
+            return
+        sha256 = file_sha256(path)
+    except (FileNotFoundError, NotADirectoryError):
+        yield Problem("", "missing", f"the manifest lists it, but there is no {path}; build again")
         return
-    num_bytes = path.stat().st_size
-    if num_bytes != shard.num_bytes:
-        yield Problem(shard.name, "size", f"{num_bytes} bytes, the manifest says {shard.num_bytes}; build again")
+    except OSError as error:
+        yield Problem("", "missing", f"{path} cannot be read: {error.strerror}")
         return
-    sha256 = file_sha256(path)
     if sha256 != shard.sha256:
-        yield Problem(shard.name, "checksum", f"sha256 {sha256}, the manifest says {shard.sha256}; build again")
+        yield Problem("", "checksum", f"sha256 {sha256}, the manifest says {shard.sha256}; build again")
     index = None
     try:
-        index = load_index(dest, shard)
+        index = load_index(folder, shard)
     except DabError as error:
-        yield Problem(shard.name, "index", str(error))
-    yield from _check_samples(path, shard, index, manifest.classes)
+        yield Problem("", "index", str(error))
+    except (KeyError, TypeError, ValueError) as error:
+        yield Problem("", "index", f"{index_path(folder / shard.name)}: no index ({error!r}); build again")
+    yield from _sample_problems(path, shard, index, num_classes)
 
 
-def _check_samples(path: Path, shard: Shard, index: ShardIndex | None, classes: tuple[str, ...]) -> Iterator[Problem]:
+def _sample_problems(path: Path, shard: Shard, index: ShardIndex | None, num_classes: int) -> Iterator[Problem]:
     num_samples = 0
+    seen: set[str] = set()
     try:
-        with path.open("rb") as file:
-            for sample in read_archive(path):
-                for kind, detail in _check_sample(sample, len(classes)):
-                    yield Problem(shard.name, kind, f"sample {sample['__key__']}: {detail}")
-                if index is not None and not _is_indexed(file, index, num_samples, sample):
-                    yield Problem(shard.name, "index", f"sample {sample['__key__']}: {index_path(path).name} differs")
-                num_samples += 1
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        yield Problem(shard.name, "archive", f"not readable as a WebDataset archive: {error}")
+        for entry in read_archive(path):
+            if isinstance(entry, StrangeMember):
+                yield Problem("", "member", f"{entry.name!r}: {entry.reason}")
+                continue
+            if entry.key in seen:
+                yield Problem("", "duplicate", f"sample {entry.key}: the key was there before")
+            seen.add(entry.key)
+            for kind, detail in _check_sample(entry, num_classes):
+                yield Problem("", kind, f"sample {entry.key}: {detail}")
+            if index is not None and not _is_indexed(index, num_samples, entry):
+                yield Problem("", "index", f"sample {entry.key}: {index_path(Path(shard.name)).name} differs")
+            num_samples += 1
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        yield Problem("", "archive", f"not readable as a WebDataset archive: {error}")
     if num_samples != shard.num_samples:
-        yield Problem(shard.name, "count", f"{num_samples} samples, the manifest says {shard.num_samples}")
+        yield Problem("", "count", f"{num_samples} samples, the manifest says {shard.num_samples}")
 
 
-def read_archive(path: Path) -> Iterator[dict[str, Any]]:
-    """Reads a shard from front to back with webdataset's own reader.
-
-    Args:
-        path: A tar file.
-
-    Yields:
-        A sample: `__key__`, and the bytes of each member under its extension.
-    """
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    with path.open("rb") as stream:
-        yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
-
-
-def _check_sample(sample: dict[str, Any], num_classes: int) -> Iterator[tuple[str, str]]:
-    label = sample.get("cls", b"").decode(errors="replace")
-    if not label.isdecimal() or int(label) >= num_classes:
-        yield "label", f"label {label!r} is outside the {num_classes} classes"
-    images = _images(sample)
-    if len(images) != 1:
-        yield "decode", f"{len(images)} images, expected 1"
-    for data in images:
+def _check_sample(sample: ArchivedSample, num_classes: int) -> Iterator[tuple[str, str]]:
+    if len(sample.labels) != 1:
+        yield "label", f"{len(sample.labels)} labels ({sample.key}.cls), expected 1"
+    for data in sample.labels:
+        label = data[:_MAX_LABEL_BYTES].decode(errors="replace").strip()
+        if not label.isdecimal() or int(label) >= num_classes:
+            yield "label", f"label {label!r} is outside the {num_classes} classes"
+    if len(sample.images) != 1:
+        yield "decode", f"{len(sample.images)} images, expected 1"
+    for image in sample.images:
         try:
-            decode_image(data)
+            decode_image(image)
         except ValueError as error:
             yield "decode", f"does not decode: {error}"
 
 
-def _images(sample: dict[str, Any]) -> list[bytes]:
-    return [data for extension, data in sample.items() if extension in EXTENSIONS]
-
-
-def _is_indexed(file: BinaryIO, index: ShardIndex, position: int, sample: dict[str, Any]) -> bool:
-    if position >= len(index.keys) or index.keys[position] != sample["__key__"]:
+def _is_indexed(index: ShardIndex, position: int, sample: ArchivedSample) -> bool:
+    if position >= len(index.keys) or index.keys[position] != sample.key:
         return False
-    file.seek(index.offsets[position])
-    data = file.read(index.sizes[position])
-    return [data] == _images(sample) and str(index.labels[position]).encode() == sample.get("cls")
+    places = list(zip(sample.offsets, map(len, sample.images), strict=True))
+    label = str(index.labels[position]).encode()
+    return places == [(index.offsets[position], index.sizes[position])] and [
+        data.strip() for data in sample.labels
+    ] == [label]

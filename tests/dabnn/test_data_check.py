@@ -1,9 +1,14 @@
 """Checking finds each kind of damage in real files, and names the shard and the sample."""
 
 import hashlib
+import io
 import json
 import shutil
+import struct
+import tarfile
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +130,118 @@ def test_an_undecodable_image_with_a_fitting_checksum_is_found(data: Path) -> No
     problems = check_dataset(data)
     assert kinds(problems) == [(SHARD, "decode")]
     assert "not a readable" in problems[0].detail
+
+
+def repack(data: Path, change: Callable[[list[tuple[tarfile.TarInfo, bytes]]], object]) -> None:
+    """Writes the shard anew with changed members, and a manifest that vouches for the file."""
+    members = []
+    with tarfile.open(data / SHARD) as archive:
+        for member in archive:
+            stream = archive.extractfile(member)
+            assert stream is not None
+            members.append((member, stream.read()))
+    change(members)
+    with tarfile.open(data / SHARD, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for member, content in members:
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    manifest = load_manifest(data)
+    size, sha256 = (data / SHARD).stat().st_size, file_sha256(data / SHARD)
+    shards = tuple(
+        old._replace(num_bytes=size, sha256=sha256) if old.name == SHARD else old
+        for old in manifest.splits["train"].shards
+    )
+    write_manifest(data, replace(manifest, splits={**manifest.splits, "train": Split.of(shards)}))
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    return info
+
+
+def test_a_sample_without_label_is_found(data: Path) -> None:
+    repack(data, lambda members: members.pop(0))
+    problems = check_dataset(data)
+    assert (SHARD, "label") in kinds(problems)
+    assert "0 labels" in problems[0].detail
+
+
+def test_a_sample_without_image_is_found(data: Path) -> None:
+    repack(data, lambda members: members.pop())
+    problems = check_dataset(data)
+    assert [(problem.kind, problem.detail.partition(": ")[2]) for problem in problems] == [
+        ("decode", "0 images, expected 1"),
+        ("index", f"{SHARD}.index.json differs"),
+    ]
+
+
+def test_a_key_that_comes_twice_is_found(data: Path) -> None:
+    repack(data, lambda members: members.extend(members[:2]))
+    assert [kind for _, kind in kinds(check_dataset(data))] == ["duplicate", "index", "count"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("../../outside.png", tarfile.REGTYPE),
+        ("/etc/outside.png", tarfile.REGTYPE),
+        ("a/../../outside.png", tarfile.REGTYPE),
+        ("link", tarfile.SYMTYPE),
+        ("device", tarfile.CHRTYPE),
+    ],
+)
+def test_members_that_would_be_written_outside_are_found_and_not_extracted(
+    data: Path, tmp_path: Path, name: str, kind: bytes
+) -> None:
+    repack(data, lambda members: members.append((member(name, kind), b"")))
+    found = [problem for problem in check_dataset(data) if problem.kind == "member"]
+    assert [problem.shard for problem in found] == [SHARD]
+    assert repr(name) in found[0].detail
+    assert not list(tmp_path.glob("outside*"))
+
+
+def test_a_header_damaged_in_the_middle_is_not_taken_for_the_end(data: Path) -> None:
+    index = load_index(data, shard_entry(data))
+    alter(data / SHARD, index.offsets[1] - 512, b"\xff" * 512)
+    problems = check_dataset(data)
+    assert [problem.kind for problem in problems][-2:] == ["archive", "count"]
+    assert f"the header at byte {index.offsets[1] - 512:,} is damaged" in problems[-2].detail
+
+
+def test_an_image_of_50000_by_50000_pixels_is_refused_before_it_is_decoded(data: Path) -> None:
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 50_000, 50_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    bomb += struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT"))
+    rewrite(data, lambda position, s: s if position else StoredSample(s.key, s.name, s.extension, bomb, s.label))
+    problems = check_dataset(data)
+    assert kinds(problems) == [(SHARD, "decode")]
+    assert "50000 x 50000 pixels" in problems[0].detail
+
+
+def test_any_number_of_processes_finds_the_same(data: Path) -> None:
+    (data / "val-000000.tar").unlink()
+    alter(data / SHARD, load_index(data, shard_entry(data)).offsets[2] + 20, b"\xff\xff\xff\xff")
+    alone = check_dataset(data)
+    assert len(alone) == 3
+    assert check_dataset(data, num_processes=2) == alone
+
+
+def test_a_source_that_changed_since_is_found(tmp_path: Path) -> None:
+    source = write_tree(tmp_path / "images")
+    build_dataset(str(source), tmp_path / "data")
+    assert check_dataset(tmp_path / "data", source=str(source)) == []
+    assert check_dataset(tmp_path / "data", source=str(source.rename(tmp_path / "moved"))) == []
+    (tmp_path / "moved" / "train" / "ant" / "0.png").unlink()
+    problems = check_dataset(tmp_path / "data", source=str(tmp_path / "moved"))
+    assert kinds(problems) == [("", "source")]
+    assert "train 35 now and 36 then, val 12 now and 12 then" in problems[0].detail
+
+
+def test_a_source_whose_val_was_drawn_is_compared_with_the_same_draw(tmp_path: Path) -> None:
+    source = write_tree(tmp_path / "images").joinpath("train")
+    build_dataset(str(source), tmp_path / "data", val_fraction=0.25, seed=3)
+    assert check_dataset(tmp_path / "data", source=str(source)) == []
 
 
 def test_a_missing_or_altered_index_is_found(data: Path) -> None:
