@@ -12,31 +12,43 @@ S is the network's input size, R is `resized_side(S)`. "Any part" is 8 to 100 % 
 resized to S x S. Mirrored means every other image. These are the transforms of the reference program (arXiv
 1804.02941): plain for its CIFAR-10, crop_flip for CIFAR-100 (4 pixels of 32), sketch for TU-Berlin and sketch_no_flip
 for Sketchy, imagenet. Two things differ: rotation uncovers corners of paper, not of ink, and its angle is not whole.
+What a run adds to them (`AugmentSpec`) is in docs/transforms.md.
 
-Everything that depends on the image's size, or on chance, works on single images in uint8; scaling and normalization
-work on the whole batch, where they cost a tenth. torchvision itself is imported for augmentation only: it pulls in
-torch's compiler, which makes the start of every process longer by as much as torch does. A gray drawing of 1111 x 1111
-pixels costs 9 ms in training on one core of an AMD EPYC, 5 to 7 of them for its PNG; one in RGB costs twice that.
+What depends on the size of an image works on Pillow images one by one, all else on batches: `fit` makes an image of
+the network's size, `finish` augments a batch of those, both in uint8, and `batch` scales and normalises. torchvision
+itself is not imported: it pulls in torch's compiler, which makes a process start later by as much as torch does.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dabnn.choices import unknown_choice
-from dabnn.data.crops import centre_crop, ten_crops
+from dabnn.data.augment import Augmentation
+from dabnn.data.crops import (
+    NUM_ATTEMPTS,
+    NUM_CROPS,
+    NUMBERS_PER_ATTEMPT,
+    any_part,
+    centre_box,
+    part_of_resized,
+    ten_crops,
+)
+from dabnn.data.draws import Draws, Purpose
 from dabnn.data.images import convert_channels
 from dabnn.data.manifest import ImageInfo
+from dabnn.data.randaugment import MAX_MAGNITUDE
 from dabnn.errors import InvalidInputError
+from dabnn.spec import AugmentSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    Augmentation = Callable[[Image], Image]
 
 NAMES = ("auto", "plain", "crop_flip", "sketch", "sketch_no_flip", "imagenet")
 # Those that cut the input out of a larger image, so that there is more than one crop to evaluate.
@@ -44,6 +56,8 @@ CROPPING = ("sketch", "sketch_no_flip", "imagenet")
 _SKETCHES = ("sketch", "sketch_no_flip")
 _PAPER = 255
 _MAX_ANGLE = 10.0
+_PART_NUMBERS = NUM_ATTEMPTS * NUMBERS_PER_ATTEMPT
+_PART_SCALE, _PART_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,7 @@ class Transform:
         in_channels: 1 (gray) or 3 (RGB).
         mean: Per channel, of values in [0, 1], after inversion.
         std: Per channel, of values in [0, 1].
-        augmentation: A random transform of an image to one of the input size, or None. Its randomness must come from
-            torch's default generator, which the stream seeds for each sample.
+        augmentation: What is done at random, or None.
         side: What the shorter side is resized to, the aspect kept; 0 resizes to a square of the input size instead,
             None leaves the image as it is.
         is_inverted: Whether dark strokes on light paper become light ones on black.
@@ -67,55 +80,106 @@ class Transform:
     in_channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augmentation: "Augmentation | None" = None
+    augmentation: Augmentation | None = None
     side: int | None = 0
     is_inverted: bool = False
     is_ten_crop: bool = False
 
-    def sample(self, image: "Image") -> Tensor:
-        """Converts the colours, resizes (bilinear, antialiased) where the size differs, augments or crops, inverts.
+    @property
+    def fitted_size(self) -> tuple[int, int]:
+        """Width and height of what `fit` returns."""
+        return (self.input_size, self.input_size * (NUM_CROPS if self.is_ten_crop else 1))
+
+    @property
+    def added(self) -> AugmentSpec:
+        """What a run adds to the transform."""
+        return AugmentSpec() if self.augmentation is None else self.augmentation.spec
+
+    def keeps(self, size: tuple[int, int]) -> bool:
+        """Whether `fit` returns an image of this width and height, in the right channels, as it is."""
+        has_part = self.augmentation is not None and self.augmentation.has_part
+        return self.side == 0 and size == self.fitted_size and not has_part
+
+    def parts(self, draws: Draws) -> list[list[float]]:
+        """Returns for each sample the random numbers that `fit` takes: none, where it is not random."""
+        has_part = self.augmentation is not None and self.augmentation.has_part
+        numbers: list[list[float]] = draws.uniform(Purpose.PART, _PART_NUMBERS if has_part else 0).tolist()
+        return numbers
+
+    def fit(self, image: "Image", numbers: Sequence[float]) -> "Image":
+        """Converts the colours and resizes (bilinear, antialiased) to the network's size, or crops to it.
 
         Args:
             image: A decoded image of any size.
+            numbers: What `parts` returned for this sample.
 
         Returns:
-            uint8 (C, S, S), or (10, C, S, S) with `is_ten_crop`.
+            S x S; with `is_ten_crop` S x 10 S, one crop below the other.
         """
-        image = self._resize(convert_channels(image, self.in_channels))
-        if self.augmentation is not None:
-            image = self.augmentation(image)
-        rows = torch.from_numpy(np.array(image))
-        pixels = rows[None] if self.in_channels == 1 else rows.permute(2, 0, 1)
-        if self.is_inverted:
-            pixels = 255 - pixels
-        return (ten_crops if self.is_ten_crop else centre_crop)(pixels, self.input_size)
-
-    def _resize(self, image: "Image") -> "Image":
         from PIL.Image import Resampling
 
-        if self.side is None:
-            return image
-        size = (self.input_size, self.input_size)
-        if self.side:
-            shorter = min(image.size)
-            size = (self.side * image.width // shorter, self.side * image.height // shorter)
-        return image if image.size == size else image.resize(size, Resampling.BILINEAR)
+        image = convert_channels(image, self.in_channels)
+        square = (self.input_size, self.input_size)
+        size = self._resized(image.size)
+        if numbers:
+            part = part_of_resized(image, size, any_part(size, _PART_SCALE, _PART_RATIO, numbers))
+            return part if part.size == square else part.resize(square, Resampling.BILINEAR)
+        if self.is_ten_crop:
+            return ten_crops(part_of_resized(image, size, (0, 0, *size)), self.input_size)
+        return part_of_resized(image, size, centre_box(size, self.input_size))
+
+    def finish(self, pixels: NDArray[np.uint8], draws: Draws) -> Tensor:
+        """Augments and inverts a batch.
+
+        Args:
+            pixels: uint8 (n, height, width, channels) of `fitted_size`; may be overwritten.
+            draws: Of the n samples.
+
+        Returns:
+            uint8 (n, C, S, S), or (n, 10, C, S, S) with `is_ten_crop`.
+        """
+        if self.augmentation is not None:
+            pixels = self.augmentation.apply(pixels, draws)
+        if self.is_inverted:
+            pixels = np.subtract(255, pixels, dtype=np.uint8)
+        if self.augmentation is not None:
+            self.augmentation.erase(pixels, draws, [round(255 * value) for value in self.mean])
+        shape = (NUM_CROPS, self.input_size) if self.is_ten_crop else (self.input_size,)
+        planes = torch.from_numpy(pixels).reshape(len(pixels), *shape, self.input_size, self.in_channels)
+        return planes.movedim(-1, -3).contiguous()
+
+    def sample(self, image: "Image") -> Tensor:
+        """Returns what `fit` and `finish` make of one image for evaluation: uint8 (C, S, S), or (10, C, S, S)."""
+        nothing = Draws(0, 0, np.zeros(1, dtype=np.int64))
+        fitted = np.array(self.fit(image, self.parts(nothing)[0]))
+        return self.finish(fitted.reshape(1, *fitted.shape[:2], self.in_channels), nothing)[0]
 
     def batch(self, pixels: Tensor) -> Tensor:
         """Scales and normalises: `(pixels * (1 / 255) - mean) / std`, in float32 and in this order.
 
         Args:
-            pixels: uint8 (N, C, S, S), or (N, 10, C, S, S).
+            pixels: uint8 (N, C, S, S), or (N, 10, C, S, S), on any device. Floating ones are normalised already, as
+                those that mixup made are, and come back as they are.
 
         Returns:
             float32 of the same shape.
         """
+        if pixels.is_floating_point():
+            return pixels
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
         return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255).sub_(mean).div_(std)
 
     def __call__(self, image: "Image") -> Tensor:
-        """Transforms a single image; float32 (C, S, S), or (10, C, S, S)."""
+        """Transforms a single image for evaluation; float32 (C, S, S), or (10, C, S, S)."""
         return self.batch(self.sample(image)[None])[0]
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        if self.side is None:
+            return size
+        if self.side == 0:
+            return (self.input_size, self.input_size)
+        shorter = min(size)
+        return (self.side * size[0] // shorter, self.side * size[1] // shorter)
 
 
 def make_transform(
@@ -127,6 +191,7 @@ def make_transform(
     std: tuple[float, ...],
     training: bool,
     ten_crop: bool = False,
+    augment: AugmentSpec | None = None,
 ) -> Transform:
     """Makes a transform by name; the table at the top of this module says what each does, and `auto` is `plain`.
 
@@ -138,6 +203,7 @@ def make_transform(
         std: Per channel, of values in [0, 1].
         training: Whether to augment.
         ten_crop: Whether an image for evaluation becomes ten crops, see `dabnn.data.crops`.
+        augment: What is added to the transform in training.
 
     Returns:
         The transform.
@@ -164,7 +230,7 @@ def make_transform(
         in_channels,
         mean,
         std,
-        augmentation=_augmentation(name, input_size) if training else None,
+        augmentation=_augmentation(name, input_size, augment or AugmentSpec()) if training else None,
         side=None if training and name == "imagenet" else side,
         is_inverted=name in _SKETCHES,
         is_ten_crop=ten_crop and not training,
@@ -203,19 +269,25 @@ def resized_side(input_size: int) -> int:
     return 256 if input_size == 225 else round(input_size * 8 / 7)
 
 
-def _augmentation(name: str, input_size: int) -> "Augmentation | None":
+def _augmentation(name: str, input_size: int, spec: AugmentSpec) -> Augmentation | None:
+    _check(spec)
     if name in ("auto", "plain"):
-        return None
-    from torchvision.transforms import v2
+        return None if spec == AugmentSpec() else Augmentation(spec=spec)
+    if name == "crop_flip":
+        return Augmentation(padding=input_size // 8, is_mirrored=True, spec=spec)
+    if name == "imagenet":
+        return Augmentation(has_part=True, is_mirrored=True, spec=spec)
+    return Augmentation(has_part=True, is_mirrored=name == "sketch", max_angle=_MAX_ANGLE, paper=_PAPER, spec=spec)
 
-    flip = v2.RandomHorizontalFlip()
-    part = v2.RandomResizedCrop(input_size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
-    rotation = v2.RandomRotation(_MAX_ANGLE, interpolation=v2.InterpolationMode.BICUBIC, fill=_PAPER)
-    steps = {
-        "crop_flip": [v2.RandomCrop(input_size, padding=input_size // 8), flip],
-        "sketch": [part, flip, rotation],
-        "sketch_no_flip": [part, rotation],
-        "imagenet": [part, flip],
-    }
-    composed: Augmentation = v2.Compose(steps[name])
-    return composed
+
+def _check(spec: AugmentSpec) -> None:
+    if spec.randaugment_ops < 0 or not 0 <= spec.randaugment_magnitude <= MAX_MAGNITUDE:
+        raise InvalidInputError(
+            f"data.augment.randaugment: {spec.randaugment_ops} operations of magnitude {spec.randaugment_magnitude}; "
+            f"the magnitude is 0 to {MAX_MAGNITUDE}"
+        )
+    if not 0 <= spec.erasing <= 1:
+        raise InvalidInputError(f"data.augment.erasing: {spec.erasing}; a probability is 0 to 1")
+    for name, alpha in (("mixup", spec.mixup), ("cutmix", spec.cutmix)):
+        if not 0 <= alpha < math.inf:
+            raise InvalidInputError(f"data.augment.{name}: {alpha}; the parameter of Beta is above 0, and 0 for none")

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
-from dabnn.data.crops import ten_crops
+from dabnn.data.crops import any_part, ten_crops
+from dabnn.data.draws import Draws, Purpose
 from dabnn.data.manifest import ImageInfo
 from dabnn.data.transforms import CROPPING, NAMES, Transform, make_transform, normalization_for, resized_side
 from dabnn.errors import InvalidInputError
@@ -46,6 +48,13 @@ def make(name: str, size: int, channels: int, training: bool = False, ten_crop: 
     )
 
 
+def augmented(transform: Transform, image: Image.Image, num: int, epoch: int = 0) -> torch.Tensor:
+    """What becomes of `num` samples that all hold one image."""
+    draws = Draws(0, epoch, np.arange(num))
+    fitted = [np.array(transform.fit(image, numbers)) for numbers in transform.parts(draws)]
+    return transform.finish(np.stack(fitted).reshape(num, *fitted[0].shape[:2], transform.in_channels), draws)
+
+
 def drawing(height: int, width: int, mode: str = "L") -> Image.Image:
     """A few dark strokes on white paper."""
     image = Image.new("RGB", (width, height), "white")
@@ -55,22 +64,35 @@ def drawing(height: int, width: int, mode: str = "L") -> Image.Image:
     return image.convert(mode)
 
 
-def in_torchvision(name: str, size: int, training: bool) -> list[torch.nn.Module]:
-    """What the transform of that name is in torchvision's terms, from a converted image to its pixels."""
-    part = v2.RandomResizedCrop(size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), antialias=True)
-    flip, resize = v2.RandomHorizontalFlip(), v2.Resize(resized_side(size), antialias=True)
-    rotation = v2.RandomRotation(10, interpolation=v2.InterpolationMode.BICUBIC, fill=255)
-    invert = v2.Lambda(v2.functional.invert)
-    square = v2.Resize((size, size), antialias=True)
-    if not training:
-        crop = [resize, v2.CenterCrop(size)]
-        return {"crop_flip": [square], "imagenet": crop}.get(name, [*crop, invert])
-    return {
-        "crop_flip": [square, v2.RandomCrop(size, padding=size // 8), flip],
-        "sketch": [resize, part, flip, rotation, invert],
-        "sketch_no_flip": [resize, part, rotation, invert],
-        "imagenet": [part, flip],
-    }[name]
+def in_torchvision(name: str, size: int) -> list[torch.nn.Module]:
+    """What the transform of that name is for evaluation in torchvision's terms, from a converted image to pixels."""
+    crop = [v2.Resize(resized_side(size), antialias=True), v2.CenterCrop(size)]
+    if name == "crop_flip":
+        return [v2.Resize((size, size), antialias=True)]
+    return crop if name == "imagenet" else [*crop, v2.Lambda(F.invert)]
+
+
+def in_torchvisions_operations(name: str, size: int, image: Image.Image, draws: Draws, position: int) -> torch.Tensor:
+    """What torchvision's functional operations make of a training image with the parameters of our draws."""
+    mirrored, angle, moved, part = (
+        draws.uniform(purpose, num)[position].tolist()
+        for purpose, num in ((Purpose.MIRROR, 1), (Purpose.ROTATION, 1), (Purpose.SHIFT, 2), (Purpose.PART, 40))
+    )
+    if name == "crop_flip":
+        padding = size // 8
+        top, left = (int(number * (2 * padding + 1)) for number in moved)
+        image = F.crop(F.pad(F.resize(image, [size, size]), [padding]), top, left, size, size)
+    else:
+        image = image if name == "imagenet" else F.resize(image, [resized_side(size)])
+        left, top, right, bottom = any_part(image.size, (0.08, 1), (3 / 4, 4 / 3), part)
+        image = F.resized_crop(image, top, left, bottom - top, right - left, [size, size])
+    if mirrored[0] < 0.5 and name != "sketch_no_flip":
+        image = F.horizontal_flip(image)
+    if name.startswith("sketch"):
+        degrees = (2 * angle[0] - 1) * 10.0
+        image = F.rotate(image, degrees, interpolation=v2.InterpolationMode.BICUBIC, fill=255)
+        image = F.invert(image)
+    return F.pil_to_tensor(image)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
@@ -100,17 +122,14 @@ def test_one_bit_strokes_are_made_gray_before_they_are_resized() -> None:
 def test_crop_flip_augments_in_training_only() -> None:
     image = picture(16, 16)
     training, evaluation = make("crop_flip", 16, 3, training=True), make("crop_flip", 16, 3)
-    torch.manual_seed(0)
-    variants = {training.sample(image).numpy().tobytes() for _ in range(20)}
-    assert len(variants) > 5
+    assert len({pixels.numpy().tobytes() for pixels in augmented(training, image, 20)}) > 5
     assert torch.equal(evaluation(image), make("plain", 16, 3)(image))
 
 
 def test_crop_flip_moves_by_at_most_an_eighth() -> None:
     image = Image.fromarray(np.full((16, 16, 3), 255, dtype=np.uint8))
     transform = make("crop_flip", 16, 3, training=True)
-    torch.manual_seed(0)
-    kept = [int(transform.sample(image)[0].ne(0).sum()) for _ in range(50)]
+    kept = [int(pixels[0].ne(0).sum()) for pixels in augmented(transform, image, 50)]
     assert min(kept) >= 14 * 14
     assert max(kept) == 16 * 16
 
@@ -123,10 +142,7 @@ def test_a_transform_travels_to_another_process() -> None:
     transform = make("crop_flip", 8, 3, training=True)
     copy = pickle.loads(pickle.dumps(transform))
     image = picture(8, 8)
-    torch.manual_seed(1)
-    here = transform.sample(image)
-    torch.manual_seed(1)
-    assert torch.equal(copy.sample(image), here)
+    assert torch.equal(augmented(copy, image, 5), augmented(transform, image, 5))
 
 
 def test_an_unknown_name_names_the_nearest() -> None:
@@ -144,20 +160,28 @@ def test_statistics_of_another_channel_count_are_refused() -> None:
         make_transform("plain", input_size=8, in_channels=3, mean=(0.5,), std=(0.5,), training=False)
 
 
+SHAPES = [(32, (50, 40)), (32, (32, 32)), (57, (60, 83)), (225, (300, 299)), (224, (224, 224)), (224, (111, 111))]
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("auto", "plain")])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("size", "shape"), [(32, (50, 40)), (32, (32, 32)), (57, (60, 83)), (225, (300, 299))])
-def test_every_transform_is_torchvisions_given_the_same_random_parameters(
-    name: str, training: bool, size: int, shape: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize(("size", "shape"), SHAPES)
+def test_every_transform_is_torchvisions_for_evaluation(name: str, size: int, shape: tuple[int, int]) -> None:
     for channels, mode in ((1, "L"), (3, "RGB")):
-        image, transform = drawing(*shape, mode), make(name, size, channels, training)
-        composed = v2.Compose([*in_torchvision(name, size, training), v2.PILToTensor()])
-        for seed in range(6):
-            torch.manual_seed(seed)
-            expected = composed(image)
-            torch.manual_seed(seed)
-            assert torch.equal(transform.sample(image), expected)
+        for image in (drawing(*shape, mode), picture(*shape, mode)):
+            composed = v2.Compose([*in_torchvision(name, size), v2.PILToTensor()])
+            assert torch.equal(make(name, size, channels).sample(image), composed(image))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("auto", "plain")])
+@pytest.mark.parametrize(("size", "shape"), SHAPES)
+def test_every_training_transform_is_torchvisions_operations_with_our_draws(
+    name: str, size: int, shape: tuple[int, int]
+) -> None:
+    draws = Draws(0, 0, np.arange(6))
+    for channels, mode in ((1, "L"), (3, "RGB")):
+        for image in (drawing(*shape, mode), picture(*shape, mode)):
+            for position, pixels in enumerate(augmented(make(name, size, channels, training=True), image, 6)):
+                assert torch.equal(pixels, in_torchvisions_operations(name, size, image, draws, position))
 
 
 @pytest.mark.parametrize(("size", "side"), [(224, 256), (225, 256), (112, 128), (64, 73), (32, 37), (299, 342), (1, 1)])
@@ -171,15 +195,13 @@ def test_a_blank_sheet_stays_blank_whatever_its_rotation(name: str, mode: str) -
     sheet = Image.new(mode, (100, 90), "white")
     for channels in (1, 3):
         transform = make(name, 64, channels, training=True)
-        torch.manual_seed(0)
-        for _ in range(20):
-            assert not transform.sample(sheet).any()
+        assert not augmented(transform, sheet, 20).any()
 
 
 def test_strokes_are_light_on_black_in_training_and_in_evaluation() -> None:
     image = drawing(128, 128)
     for training in (True, False):
-        pixels = make("sketch", 64, 1, training).sample(image)
+        pixels = augmented(make("sketch", 64, 1, training), image, 3)
         assert pixels.max() > 200
         assert float(pixels.float().mean()) < 128
 
@@ -188,13 +210,12 @@ def test_only_one_of_the_sketch_transforms_mirrors() -> None:
     left = Image.new("L", (64, 64), 255)
     left.paste(0, (0, 0, 20, 64))
 
-    def leans_right(name: str) -> bool:
-        pixels = make(name, 64, 1, training=True).sample(left).float()[0]
-        return float(pixels[:, 32:].sum()) > float(pixels[:, :32].sum())
+    def leans_right(name: str) -> torch.Tensor:
+        pixels = augmented(make(name, 64, 1, training=True), left, 30).float()[:, 0]
+        return pixels[..., 32:].sum((1, 2)) > pixels[..., :32].sum((1, 2))
 
-    torch.manual_seed(0)
-    assert any(leans_right("sketch") for _ in range(30))
-    assert not any(leans_right("sketch_no_flip") for _ in range(30))
+    assert leans_right("sketch").any()
+    assert not leans_right("sketch_no_flip").any()
 
 
 @pytest.mark.parametrize("name", CROPPING)
@@ -208,9 +229,11 @@ def test_ten_crops_are_torchvisions(name: str, size: int, shape: tuple[int, int]
 
 
 def test_ten_crops_keep_every_gray_level() -> None:
-    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
-    assert torch.equal(ten_crops(levels, 16)[:5], levels.expand(5, 1, 16, 16))
-    image = Image.fromarray(levels[0].numpy())
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(levels)
+    found = np.array(ten_crops(image, 16)).reshape(10, 16, 16)
+    assert (found[:5] == levels).all()
+    assert (found[5:] == levels[:, ::-1]).all()
     crops = make("sketch", 14, 1, ten_crop=True)(image)
     assert crops.shape == (10, 1, 14, 14)
     centre = make("sketch", 14, 1)(image)
@@ -223,7 +246,7 @@ def test_ten_crops_need_an_image_larger_than_the_input() -> None:
 
 
 def test_training_images_are_never_ten_crops() -> None:
-    assert make("sketch", 32, 1, training=True, ten_crop=True).sample(drawing(40, 40)).shape == (1, 32, 32)
+    assert augmented(make("sketch", 32, 1, training=True, ten_crop=True), drawing(40, 40), 2).shape == (2, 1, 32, 32)
 
 
 INFO = ImageInfo(3, 8, 8, mean=(0.5, 0.6, 0.7), std=(0.1, 0.2, 0.3), gray_mean=0.9, gray_std=0.25)
