@@ -171,10 +171,12 @@ class Loaders:
     def _from_loaders(self, answers: Iterator[Answer | DabError]) -> Answer | DabError:
         try:
             return next(answers)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            is_own = "Caught " in str(error)  # raised by the reader itself, in the loader
+            if is_own or (isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error)):
                 raise
             self._loader = None
+            self.move()
             raise DabError(
                 f"data.num_loaders: a loader process was killed, or ran out of memory or of /dev/shm ({error}). Use "
                 "fewer loaders or a smaller data.batch_size if it happens again."
