@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from range_server import RangeServer
 
 from dabnn.distributed import World
 from dabnn.errors import InvalidInputError
 from dabnn.learner import Learner, checkpoint_bytes
 from dabnn.models import build
-from orchestrator.config import Config, load_config
+from orchestrator.config import Config, load_config, resolve_paths
 from orchestrator.resolve import check_room, manifest_of, model_table, resolve, train_spec
 
 SMALL = ["name=run", "model={name: bincifarfbin, width: 0.0625, input_size: 16, in_channels: 1}"]
@@ -122,6 +123,20 @@ def test_the_room_for_a_checkpoint_is_that_of_the_largest_stage(digits: Path) ->
 
 def test_a_url_is_refused_as_storage_instead_of_becoming_a_folder(digits: Path) -> None:
     assert refusal(digits, "storage=s3://bucket/x").startswith("storage: s3://bucket/x is a URL")
+
+
+def test_data_behind_a_url_resolves_like_the_folder(digits: Path, tmp_path: Path) -> None:
+    with RangeServer(digits, tmp_path) as server:
+        over_http = resolve(resolve_paths(config(digits, f"data.train={server.url}/"), tmp_path))
+        assert manifest_of(over_http).digest == manifest_of(config(digits)).digest
+        assert train_spec(over_http).data.train == train_spec(over_http).data.val == f"{server.url}/"
+        assert over_http.model.num_classes == 10
+        assert server.requests(".tar") == []
+
+
+def test_a_data_set_that_was_not_uploaded_is_named(digits: Path, tmp_path: Path) -> None:
+    with RangeServer(tmp_path, tmp_path) as server:
+        assert refusal(digits, f"data.train={server.url}/x").startswith(f"{server.url}/x: no manifest.json")
 
 
 @pytest.mark.parametrize(
