@@ -155,8 +155,12 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InvalidInputError(f"{path}: no readable checkpoint ({error}).") from error
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error.strerror or error}). Name another file.") from error
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise InvalidInputError(
+            f"{path} is no checkpoint of dab, or is damaged. Name a run, or a step-*.pt file of its checkpoints folder."
+        ) from error
     missing = [key for key in _NEEDED if not isinstance(state, dict) or key not in state]
     if missing:
         raise InvalidInputError(

@@ -20,6 +20,7 @@ from dabnn.layers import BinaryConv2d, LayerOptions
 
 _log = logging.getLogger(__name__)
 _IMAGE_LAYER = 1
+LISTED = "`dab models show NAME` lists them"
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,15 @@ def bin_range(bin_start: int, bin_end: int, num_convs: int) -> range:
     Raises:
         InvalidInputError: if the range is reversed or reaches outside the model.
     """
-    model_has = _model_has(num_convs)
     if not 1 <= bin_start <= num_convs:
-        raise InvalidInputError(f"binarize.bin_start: {bin_start} is outside the model, which has {model_has}.")
+        raise InvalidInputError(f"binarize.bin_start: {bin_start} is {_outside(num_convs)}")
     if bin_end < bin_start:
         raise InvalidInputError(
             f"binarize.bin_end: {bin_end} lies before binarize.bin_start ({bin_start}), so the range names no layer. "
             f"Use {bin_start} to {num_convs}."
         )
     if bin_end > num_convs:
-        raise InvalidInputError(f"binarize.bin_end: {bin_end} is outside the model, which has {model_has}.")
+        raise InvalidInputError(f"binarize.bin_end: {bin_end} is {_outside(num_convs, least=bin_start)}")
     return range(bin_start, bin_end + 1)
 
 
@@ -69,7 +69,7 @@ def check_indices(field: str, indices: Iterable[int], num_convs: int) -> frozens
     chosen = frozenset(indices)
     outside = sorted(index for index in chosen if not 1 <= index <= num_convs)
     if outside:
-        raise InvalidInputError(f"{field}: {outside} outside the model, which has {_model_has(num_convs)}.")
+        raise InvalidInputError(f"{field}: {outside} {_outside(num_convs)}")
     return chosen
 
 
@@ -144,8 +144,8 @@ def apply_plan(
         InvalidInputError: if the plan names a layer that the model lacks, or the layer refuses the options.
     """
     convs = numbered_convs(net)
-    check_indices("binarize.binary_weights", plan.binary_weights, len(convs))
-    check_indices("binarize.binary_inputs", plan.binary_inputs, len(convs))
+    check_indices("binarize.plan.weights", plan.binary_weights, len(convs))
+    check_indices("binarize.plan.inputs", plan.binary_inputs, len(convs))
     if _IMAGE_LAYER in plan.binary_inputs:
         _warn_of_binary_image(convs[_IMAGE_LAYER][0])
     for index in sorted(plan.binary_weights | plan.binary_inputs):
@@ -169,6 +169,10 @@ def _warn_of_binary_image(path: str) -> None:
         path,
         _IMAGE_LAYER,
     )
+
+
+def _outside(num_convs: int, least: int = 1) -> str:
+    return f"outside the model, which has {_model_has(num_convs)}. Use {least} to {num_convs}; {LISTED}."
 
 
 def _model_has(num_convs: int) -> str:

@@ -48,6 +48,24 @@ def transfer(state: Mapping[str, Any], net: Network, source: str) -> None:
     Raises:
         InvalidInputError: The networks differ in anything else; names the first tensor.
     """
+    check_transfer(state, net, source)
+    own = net.state_dict()
+    net.load_state_dict({name: tensor for name, tensor in state["net"].items() if name in own})
+    for layer in _recentered(state["model"], net):
+        layer.reset_code()
+
+
+def check_transfer(state: Mapping[str, Any], net: Network, source: str) -> None:
+    """Refuse what `transfer` refuses, without changing `net`, which may be on torch's device meta.
+
+    Args:
+        state: As for `transfer`.
+        net: The network that would get the weights.
+        source: As for `transfer`.
+
+    Raises:
+        InvalidInputError: As `transfer` does.
+    """
     weights: Mapping[str, Tensor] = state["net"]
     own, paths = net.state_dict(), {path for path, _ in numbered_convs(net).values()}
     for name in [*own, *weights]:
@@ -60,9 +78,6 @@ def transfer(state: Mapping[str, Any], net: Network, source: str) -> None:
             verb = "lacks" if name in own else "has"
             who = "needs" if name in own else "does not know"
             raise _other_network(source, f"it {verb} {name}, which {net.spec.name} {who}")
-    net.load_state_dict({name: tensor for name, tensor in weights.items() if name in own})
-    for layer in _recentered(state["model"], net):
-        layer.reset_code()
 
 
 def check_same(saved: Mapping[str, Any], spec: ModelSpec, source: str) -> None:

@@ -50,7 +50,7 @@ def tracking_uri(uri: str | None, say: Say) -> str:
 
 def dry_run(config: Path | None, overrides: list[str], *, sweep: bool) -> View:
     """Return what a submission would do; nothing is started or created."""
-    ready = plan(load_config(config, overrides), sweep=sweep)
+    ready = plan(load_config(config, overrides), sweep=sweep, may_start=False)
     data = asdict(ready) | {"config": to_dict(ready.config)}
     lines = {
         "run": ready.config.name,

@@ -132,33 +132,37 @@ def resolve_paths(config: Config, base: Path | None = None) -> Config:
     cache = None if config.data.cache_folder is None else _absolute(config.data.cache_folder, start)
     paths = {"data.train": train, "data.val": val, "data.cache_folder": cache, "storage": storage}
 
-    def absolute_file(name: str) -> str:
+    def absolute_file(_field: str, name: str) -> str:
         """A name that is no file stays: it may be that of a run, or is refused when it is looked for."""
         return _absolute(name, start) if (start / Path(name).expanduser()).is_file() else name
 
     return with_files(with_overrides(config, paths), absolute_file, absolute_file)
 
 
-def with_files(config: Config, weights: Callable[[str], str], plan: Callable[[str], str | dict[str, Any]]) -> Config:
+def with_files(
+    config: Config, weights: Callable[[str, str], str], plan: Callable[[str, str], str | dict[str, Any]]
+) -> Config:
     """Return `config` with every name of a file or run replaced, in the stages too.
 
     Args:
         config: The configuration.
-        weights: Replaces what `train.init_from` and the teachers name; "stage:NAME" is left alone.
-        plan: Replaces what `binarize.plan` names, unless it is written out.
+        weights: Given a key and what it names, replaces what `train.init_from` and the teachers name; "stage:NAME" is
+            left alone.
+        plan: The same for what `binarize.plan` names, unless it is written out.
     """
     raw = to_dict(config)
     train = raw["train"]
     if train["init_from"] is not None:
-        train["init_from"] = weights(train["init_from"])
-    for part in (train, *(train["stages"] or ())):
+        train["init_from"] = weights("train.init_from", train["init_from"])
+    stages = [(f"train.stages[{position}].", stage) for position, stage in enumerate(train["stages"] or ())]
+    for prefix, part in (("train.", train), *stages):
         distill = part.get("distill")
         if distill and not distill["teacher"].startswith(STAGE_TEACHER):
-            distill["teacher"] = weights(distill["teacher"])
-    for part in (raw, *(train["stages"] or ())):
+            distill["teacher"] = weights(f"{prefix}distill.teacher", distill["teacher"])
+    for prefix, part in (("", raw), *stages):
         binarize = part.get("binarize") or {}
         if isinstance(binarize.get("plan"), str):
-            binarize["plan"] = plan(binarize["plan"])
+            binarize["plan"] = plan(f"{prefix}binarize.plan", binarize["plan"])
     return _validate(raw)
 
 

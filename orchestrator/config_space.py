@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from random import Random
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -30,6 +31,8 @@ _NOT_SEARCHABLE = (
 )  # fmt: skip
 # An integer axis up to this long is tried value by value, a longer one at its two ends.
 _MAX_VALUES = 256
+# Of a large space, so many corners are looked at, and a point that holds a value is drawn so often until it can be.
+_MAX_CORNERS, _MAX_DRAWS = 4096, 50
 
 
 def space_problems(config: "Config", search: "Search", rules: Sequence["Rule"]) -> list[str]:
@@ -109,13 +112,42 @@ def point_problem(point: Mapping[str, Any], problem: str) -> str:
 def points(search: "Search", axes: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the points that a search can reach on `axes`, as far as they decide whether a rule holds."""
     samples = {key: _samples(search.space[key]) for key in axes}
-    draws_end = {START, END} <= set(axes) and (search.algorithm == "grid" or search.space[END].kind == "int")
     for values in itertools.product(*samples.values()):
         point = dict(zip(axes, values, strict=True))
-        # The searcher draws the end from what the start leaves, so only a start that leaves nothing is wrong.
-        if draws_end and bin_range_is_empty(point[START], point[END]) and point[START] <= max(samples[END]):
-            continue
-        yield point
+        if _is_drawn(search, point, samples):
+            yield point
+
+
+def _is_drawn(search: "Search", point: Mapping[str, Any], samples: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether a search may try `point`: it draws the end of the layers from what the start leaves, if that is any."""
+    if not ({START, END} <= set(point) and (search.algorithm == "grid" or search.space[END].kind == "int")):
+        return True
+    return not bin_range_is_empty(point[START], point[END]) or point[START] > max(samples[END])
+
+
+def sampled_points(search: "Search", axes: Sequence[str], limit: int) -> Iterator[dict[str, Any]]:
+    """Yield up to `limit` points that a search can reach on `axes`: all of them, or else corners and drawn ones.
+
+    Of a space with more points: first some of those at the ends of ranges, then one for each single value, the rest of
+    it drawn; the same ones each time.
+    """
+    samples = {key: _samples(search.space[key]) for key in axes}
+    if math.prod(len(values) for values in samples.values()) <= limit:
+        yield from points(search, axes)
+        return
+    random = Random(0)
+    ends = [
+        values if search.space[key].kind == "choice" else (values[0], values[-1]) for key, values in samples.items()
+    ]
+    corners = itertools.islice(itertools.product(*ends), _MAX_CORNERS)
+    chosen = [dict(zip(axes, corner, strict=True)) for corner in corners]
+    random.shuffle(chosen)
+    chosen = [point for point in chosen if _is_drawn(search, point, samples)][: limit // 2]
+    for key, values in samples.items():
+        for value in values:
+            drawn = ({other: random.choice(samples[other]) for other in axes} | {key: value} for _ in range(_MAX_DRAWS))
+            chosen += itertools.islice((point for point in drawn if _is_drawn(search, point, samples)), 1)
+    yield from itertools.islice((point for number, point in enumerate(chosen) if point not in chosen[:number]), limit)
 
 
 def bin_range_is_empty(start: int | None, end: int | None) -> bool:

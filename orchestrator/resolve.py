@@ -4,10 +4,12 @@ Everything that can be refused without a cluster is refused here.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dabnn.checkpoints import load_state
 from dabnn.data import Manifest, load_manifest
@@ -16,7 +18,7 @@ from dabnn.data.reader import verify_sizes
 from dabnn.data.remote import is_url, shown
 from dabnn.errors import InvalidInputError
 from dabnn.learner import checkpoint_bytes
-from dabnn.models import ModelTable, build, describe
+from dabnn.models import ModelTable, Network, build, outline
 from dabnn.options import LayerOptions
 from dabnn.schedules import Schedule
 from dabnn.spec import (
@@ -30,11 +32,14 @@ from dabnn.spec import (
     StageSpec,
     TrainSpec,
 )
-from dabnn.transfer import check_teacher, load_trained, transfer
+from dabnn.transfer import check_teacher, check_transfer
 from orchestrator.config import Config, parts, with_files, with_overrides
 from orchestrator.config_rules import STAGE_TEACHER
+from orchestrator.config_sections import PlanSets
+from orchestrator.config_stages import place
 from orchestrator.plan_file import load_plan
 
+LoadState = Callable[[str], dict[str, Any]]
 _MEGABYTE, _GIGABYTE = 1e6, 1e9
 
 
@@ -78,8 +83,9 @@ def resolve(config: Config, find_run: Callable[[str], str] | None = None) -> Con
         )
     epochs = sum(stage.epochs for stage in config.train.stages or ()) or config.train.epochs
     resolved = with_overrides(config, {"model.num_classes": num_classes, "train.epochs": epochs})
-    resolved = with_files(resolved, lambda name: _weights_file(name, find_run), _plan_of)
-    _check_weights(train_spec(resolved))
+    files = [part.binarize.plan for _, part in parts(resolved)]
+    resolved = with_files(resolved, lambda field, name: _weights_file(field, name, find_run), _plan_of)
+    check_networks(resolved, files)
     return resolved
 
 
@@ -96,33 +102,81 @@ def _check_place(field: str, place: str) -> None:
         )
 
 
-def _weights_file(name: str, find_run: Callable[[str], str] | None) -> str:
+def _weights_file(field: str, name: str, find_run: Callable[[str], str] | None) -> str:
     if Path(name).is_file():
         return name
-    if find_run is None:
-        raise InvalidInputError(f"train: {name} is no file. Name the checkpoint file of that run.")
-    return find_run(name)
+    if "/" in name or name.endswith(".pt") or find_run is None:  # no run is asked for: a wrong path is a wrong path
+        raise InvalidInputError(
+            f"{field}: {name} is neither a file nor a run. Name a run (`dab runs` lists them), or a step-*.pt file of "
+            "its checkpoints folder."
+        )
+    try:
+        return find_run(name)
+    except InvalidInputError as error:
+        reason = str(error).removeprefix("run: ")
+        raise InvalidInputError(f"{field}: {name} is neither a file nor a run that can be taken: {reason}") from None
 
 
-def _plan_of(file: str) -> dict[str, Any]:
-    plan = load_plan(Path(file))
+def _plan_of(field: str, file: str) -> dict[str, Any]:
+    try:
+        plan = load_plan(Path(file))
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{field}: {error}") from None
     return {"weights": plan["binary_weights"], "inputs": plan["binary_inputs"]}
 
 
-def _check_weights(spec: TrainSpec) -> None:
-    """Build the network of every stage, and try on it the weights that it would get from elsewhere."""
-    for position, stage in enumerate(spec.parts):
-        net = build(**stage.model, seed=spec.seed)
-        if position == 0 and spec.init_from:
-            transfer(load_state(spec.init_from), net, f"train.init_from: {spec.init_from}")
-        distill = stage.loss.distill
-        if distill and not distill.teacher.startswith(STAGE_TEACHER):
-            check_teacher(load_trained(distill.teacher).spec, net.spec, distill.teacher)
+def check_networks(config: Config, files: Sequence[object] = (), load: LoadState = load_state) -> None:
+    """Refuse a run one of whose networks cannot be built, or does not fit the weights that it would get from elsewhere.
+
+    The networks are built on torch's device meta, without their memory.
+
+    Args:
+        config: With plans and files of weights filled in.
+        files: For each part of the run the file that its plan stood in, or anything else.
+        load: Reads a checkpoint.
+
+    Raises:
+        InvalidInputError: Starts with the stage, where the run has any, and the field.
+    """
+    nets = []
+    for position, stage in enumerate(train_spec(config).parts):
+        where = place(position, config.train.stages[position]) if config.train.stages else ""
+        try:
+            nets.append(_network(stage))
+            _check_teacher(stage, nets[-1], load)
+        except InvalidInputError as error:
+            file = files[position] if position < len(files) else None
+            is_of_file = isinstance(file, str) and str(error).startswith("binarize.plan.")
+            origin = f" The plan is that of {file}." if is_of_file else ""
+            raise InvalidInputError(f"{where}{error}{origin}") from None
+    if config.train.init_from:
+        source = f"train.init_from: {config.train.init_from}"
+        check_transfer(_loaded("train.init_from", config.train.init_from, load), nets[0], source)
+
+
+def _network(stage: StageSpec) -> Network:
+    with torch.device("meta"):
+        return build(**stage.model)
+
+
+def _check_teacher(stage: StageSpec, net: Network, load: LoadState) -> None:
+    distill = stage.loss.distill
+    if distill and not distill.teacher.startswith(STAGE_TEACHER):
+        state = _loaded("train.distill.teacher", distill.teacher, load)
+        with torch.device("meta"):
+            check_teacher(build(**state["model"]).spec, net.spec, distill.teacher)
+
+
+def _loaded(field: str, file: str, load: LoadState) -> dict[str, Any]:
+    try:
+        return load(file)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{field}: {error}") from None
 
 
 def model_table(config: Config) -> ModelTable:
     """Return the layer table of the configured model."""
-    return describe(build(**train_spec(config).model))
+    return outline(**train_spec(config).model)
 
 
 def manifest_of(config: Config) -> Manifest:
@@ -190,7 +244,9 @@ def _model(part: Config) -> dict[str, Any]:
     """Return the keyword arguments of `build`; options that were not chosen are left to the model."""
     binarize = part.binarize
     options = {field.name: getattr(binarize, field.name) for field in fields(LayerOptions)}
-    plan = _plan_of(binarize.plan) if isinstance(binarize.plan, str) else binarize.plan and binarize.plan.model_dump()
+    plan = binarize.plan.model_dump() if isinstance(binarize.plan, PlanSets) else binarize.plan
+    if isinstance(plan, str):
+        plan = _plan_of("binarize.plan", plan)
     return part.model.model_dump() | {
         "bin_start": binarize.bin_start,
         "bin_end": binarize.bin_end,

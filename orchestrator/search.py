@@ -5,17 +5,22 @@ That is: who proposes points, who stops trials early, and what a point is.
 `bin_end >= bin_start` holds by construction: the end is drawn from the values that the start leaves.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from dabnn.checkpoints import load_state
 from dabnn.errors import InvalidInputError
-from orchestrator.config import Config
+from orchestrator.config import Config, with_overrides
 from orchestrator.config_search import Domain, Search
+from orchestrator.config_space import END, START, point_problem, sampled_points
+from orchestrator.resolve import check_networks
 
 _Number = TypeVar("_Number", int, float)
 
-START, END = "binarize.bin_start", "binarize.bin_end"
+# Networks built before a sweep starts, without their memory: some 30 ms each.
+MAX_POINTS = 64
 MIN_EPOCHS_BEFORE_STOP = 3  # binary networks improve late: no trial is judged earlier, nor in its first quarter
 
 
@@ -68,13 +73,24 @@ def grid_points(space: dict[str, Domain]) -> list[dict[str, Any]]:
     return [point for point in points if point.get(START) is None or point.get(END, point[START]) >= point[START]]
 
 
-def widest_range(space: dict[str, Domain]) -> dict[str, Any]:
-    """Return the point of `space` with the most binary layers, to be checked against the model before anything runs."""
-    point: dict[str, Any] = {}
-    for key, pick in ((START, min), (END, max)):
-        values = [value for value in space[key].values if isinstance(value, int)] if key in space else []
-        point |= {key: pick(values)} if values else {}
-    return point
+def check_trials(config: Config) -> None:
+    """Refuse a search with points whose networks cannot be built; many points are tried in part, ends first.
+
+    Args:
+        config: Resolved, with a search.
+
+    Raises:
+        InvalidInputError: Names the point and what is wrong with it.
+    """
+    if config.search is None:
+        return
+    axes = [key for key in config.search.space if key.startswith(("model.", "binarize."))]
+    load = functools.cache(load_state)
+    for point in sampled_points(config.search, axes, MAX_POINTS) if axes else ():
+        try:
+            check_networks(with_overrides(trial_config(config), point), load=load)
+        except InvalidInputError as error:
+            raise InvalidInputError(point_problem(point, str(error))) from None
 
 
 def trial_config(config: Config) -> Config:

@@ -13,15 +13,15 @@ from typing import Any
 from dabnn.errors import DabError, InvalidInputError
 from orchestrator import tracking
 from orchestrator.cluster import Cluster, client_env, ensure_cluster, job_client
-from orchestrator.config import Config, flatten, resolve_paths, to_dict, to_yaml, with_overrides
+from orchestrator.config import Config, flatten, resolve_paths, to_dict, to_yaml
 from orchestrator.found_runs import checkpoint_of
 from orchestrator.home import home_folder
 from orchestrator.job import VARIABLE, Job
 from orchestrator.package import snapshot
 from orchestrator.provenance import provenance
 from orchestrator.resolve import check_room, manifest_of, model_table, resolve
-from orchestrator.search import trial_config, widest_range
-from orchestrator.tracking_server import ensure_tracking
+from orchestrator.search import check_trials
+from orchestrator.tracking_server import ensure_tracking, tracking_status
 
 STOP_GRACE_S = 60
 
@@ -49,20 +49,26 @@ class Plan:
     num_binary_layers: int
 
 
-def plan(config: Config, *, sweep: bool) -> Plan:
+def plan(config: Config, *, sweep: bool, may_start: bool = True) -> Plan:
     """Resolve `config` and refuse what cannot run; the tracker is asked only for runs whose weights are wanted.
 
+    Args:
+        config: As the user wrote it.
+        sweep: Search over `config.search` instead of training once.
+        may_start: Whether this machine's tracker may be started to be asked.
+
     Raises:
-        InvalidInputError: Data, model, layer range, classes, disk space, or a sweep without a search space.
+        InvalidInputError: Data, model, layer range, classes, disk space, a sweep without a search space, or one with
+            points whose networks cannot be.
     """
     if sweep and config.search is None:
         raise InvalidInputError(
             "search: missing, so there is nothing to sweep over. Add a section `search:` with `space:`; "
             "`dab config schema` describes it."
         )
-    config = resolved(config)
-    if config.search is not None and sweep:
-        resolve(with_overrides(trial_config(config), widest_range(config.search.space)))
+    config = resolved(config, may_start=may_start)
+    if sweep:
+        check_trials(config)
     storage = Path(config.storage) if config.storage else home_folder("storage")
     check_room(config, storage)
     table = model_table(config)
@@ -72,13 +78,27 @@ def plan(config: Config, *, sweep: bool) -> Plan:
     return Plan(config, str(storage), table.float_bytes, table.packed_bytes, digest, cpus, num_binary_layers)
 
 
-def resolved(config: Config) -> Config:
+def resolved(config: Config, *, may_start: bool = True) -> Config:
     """Return what `orchestrator.resolve` makes of `config` as the user wrote it; runs are looked up on its tracker.
+
+    Args:
+        config: As the user wrote it.
+        may_start: Whether this machine's tracker may be started to be asked.
 
     Raises:
         InvalidInputError: Something in `config` cannot run, or a run that it names does not exist.
     """
-    return resolve(resolve_paths(config), lambda name: checkpoint_of(config.tracking.uri or ensure_tracking(), name))
+
+    def find(name: str) -> str:
+        uri = config.tracking.uri or (ensure_tracking() if may_start else tracking_status().uri)
+        if uri is None:
+            raise InvalidInputError(
+                "the experiment tracker, which knows the runs, is not running, and a dry run starts nothing. Start it "
+                "with `dab ui`, or submit without --dry-run."
+            )
+        return checkpoint_of(uri, name)
+
+    return resolve(resolve_paths(config), find)
 
 
 def submit(

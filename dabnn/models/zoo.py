@@ -24,7 +24,7 @@ from dabnn.models.sketchanet import SKETCHANET
 from dabnn.models.squeezenet import SQUEEZENET
 from dabnn.models.vgg import VGG16_BNCIFAR, VGG_SMALL
 from dabnn.options import LayerOptions
-from dabnn.plans import LayerPlan, apply_plan, bin_range, numbered_convs, resolve_selectors
+from dabnn.plans import LISTED, LayerPlan, apply_plan, bin_range, numbered_convs, resolve_selectors
 from dabnn.quantizers import CENTERS, check_method
 
 _FAMILIES = (
@@ -227,8 +227,19 @@ def _with_layers(
             return spec
     num_convs = len(numbered_convs(net))
     has_linear_head = any(isinstance(module, nn.Linear) for module in net.modules())
-    bin_start = 2 if spec.bin_start is None else spec.bin_start
-    bin_end = (num_convs if has_linear_head else num_convs - 1) if spec.bin_end is None else spec.bin_end
+    first, last = 2, num_convs if has_linear_head else num_convs - 1
+    bin_start = first if spec.bin_start is None else spec.bin_start
+    bin_end = last if spec.bin_end is None else spec.bin_end
+    if spec.bin_end is None and last < bin_start <= num_convs:
+        raise InvalidInputError(
+            f"binarize.bin_start: {bin_start} lies behind {last}, where the range ends unless binarize.bin_end says "
+            f"otherwise. Use 1 to {last}, or set binarize.bin_end; {LISTED}."
+        )
+    if spec.bin_start is None and 1 <= bin_end < first:
+        raise InvalidInputError(
+            f"binarize.bin_end: {bin_end} lies before {first}, where the range starts unless binarize.bin_start says "
+            f"otherwise. Use {first} to {num_convs}, or set binarize.bin_start; {LISTED}."
+        )
     bin_range(bin_start, bin_end, num_convs)
     return replace(spec, bin_start=bin_start, bin_end=bin_end)
 
@@ -239,7 +250,9 @@ def _sets(plan: LayerPlan | Mapping[str, Sequence[int | str]], net: nn.Module) -
     for key in sets:
         if key not in known:
             raise unknown_choice("binarize.plan", key, known)
-    return {key: _numbers(f"binarize.{key}", sets.get(key, ()), net) for key in known}
+    # A user knows the sets as the keys of a plan file.
+    fields_of_plan = {key: f"binarize.plan.{key.removeprefix('binary_')}" for key in known}
+    return {key: _numbers(field, sets.get(key, ()), net) for key, field in fields_of_plan.items()}
 
 
 def _numbers(field: str, selectors: Iterable[int | str], net: nn.Module) -> tuple[int, ...]:

@@ -70,7 +70,7 @@ def test_an_empty_plan_changes_nothing() -> None:
 
 def test_a_plan_for_missing_layers_is_refused_before_any_is_exchanged() -> None:
     net = small_net()
-    with pytest.raises(InvalidInputError, match=r"^binarize\.binary_inputs: \[7\]"):
+    with pytest.raises(InvalidInputError, match=r"^binarize\.plan\.inputs: \[7\]"):
         apply_plan(net, LayerPlan.of([2], [7]), weights="dab", center=None)
     assert not any(isinstance(module, BinaryConv2d) for module in net.modules())
 

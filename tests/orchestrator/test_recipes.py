@@ -173,8 +173,37 @@ def test_a_plan_file_is_written_into_the_configuration(digits: Path, tmp_path: P
 
 def test_a_layer_of_a_stage_that_does_not_exist_is_refused_before_anything_runs(digits: Path, tmp_path: Path) -> None:
     stages = changed(1, binarize={"layers": ["conv33"]})
-    with pytest.raises(InvalidInputError, match=r"conv33.*conv3"):
+    expected = r"^train\.stages\[1\] \(binary\): binarize\.layers: 'conv33' names no layer.*conv3"
+    with pytest.raises(InvalidInputError, match=expected):
         resolve(load(tmp_path, stages, f"data.train={digits}"))
+
+
+@pytest.mark.parametrize(("where", "prefix"), [("run", ""), ("stage", r"train\.stages\[1\] \(binary\): ")])
+def test_a_layer_of_a_plan_file_that_does_not_exist_is_refused_with_the_file(
+    where: str, prefix: str, digits: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "plan.yaml").write_text("inputs: [conv33]\n")
+    stages = changed(1, binarize={"plan": "plan.yaml"}) if where == "stage" else None
+    sections = {} if where == "stage" else {"binarize": {"plan": "plan.yaml"}}
+    config = resolve_paths(load(tmp_path, stages, f"data.train={digits}", **sections), tmp_path)
+    with pytest.raises(
+        InvalidInputError, match=rf"^{prefix}binarize\.plan\.inputs: 'conv33' .*that of .*/plan\.yaml\."
+    ):
+        resolve(config)
+
+
+@pytest.mark.parametrize("key", ["train.init_from", "train.distill.teacher"])
+def test_a_file_that_is_no_checkpoint_is_refused_with_the_key_and_without_torch_s_advice(
+    key: str, digits: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"not a checkpoint")
+    value = f"{{teacher: {file}}}" if key.endswith("teacher") else file
+    config = load(tmp_path, None, f"data.train={digits}", f"{key.removesuffix('.teacher')}={value}")
+    with pytest.raises(InvalidInputError) as caught:
+        resolve(config)
+    assert str(caught.value).startswith(f"{key}: {file} is no checkpoint of dab, or is damaged. Name a run, or a step-")
+    assert "weights_only" not in str(caught.value)
 
 
 @pytest.fixture
@@ -217,5 +246,5 @@ def test_a_run_that_is_named_is_looked_up_and_its_file_written_down(digits: Path
     assert asked == ["a run", "other"]
     assert resolved.train.init_from == str(file)
     assert train_spec(resolved).loss.distill.teacher == str(file)  # type: ignore[union-attr]
-    with pytest.raises(InvalidInputError, match="a run is no file"):
+    with pytest.raises(InvalidInputError, match=r"^train\.init_from: a run is neither a file nor a run"):
         resolve(config)
