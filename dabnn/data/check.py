@@ -12,9 +12,12 @@ from pathlib import Path
 from dabnn.data.archive import ArchivedSample, StrangeMember, read_archive
 from dabnn.data.build_plan import Listing
 from dabnn.data.images import decode_image
+from dabnn.data.location import Location
 from dabnn.data.manifest import Manifest, Shard, load_manifest
 from dabnn.data.processes import LocalProcesses, Tell, available_cpus
-from dabnn.data.shards import ShardIndex, file_sha256, index_path, load_index
+from dabnn.data.reader import shard_place
+from dabnn.data.shard_cache import ShardCache, default_folder
+from dabnn.data.shards import ShardIndex, file_sha256, index_path, parse_index
 from dabnn.errors import DabError
 
 _MIN_IMAGES_PER_PROCESS = 2000
@@ -40,7 +43,7 @@ class Problem:
 @dataclass(frozen=True)
 class _CheckTask:
     number: int
-    folder: Path
+    root: Location
     shard: Shard
     num_classes: int
 
@@ -52,7 +55,7 @@ class _Checked:
 
 
 def check_dataset(
-    dest: Path,
+    dest: Path | str,
     *,
     source: str | None = None,
     num_processes: int | None = 1,
@@ -64,7 +67,7 @@ def check_dataset(
     so that the damaged sample is named too.
 
     Args:
-        dest: The dataset's folder.
+        dest: The dataset's folder, or its URL: its shards are then fetched into the cache.
         source: What it was built from, listed again as it was for the build; None: the source is not looked at.
         num_processes: Processes of this machine, as many as are useful with None; see `build_dataset`.
         on_progress: Called as `on_progress(done, total)` with counts of samples, after each shard.
@@ -76,10 +79,10 @@ def check_dataset(
         InvalidInputError: There is no manifest, or the source cannot be listed.
         DabError: A process died.
     """
-    dest = Path(dest)
+    root = Location.of(dest)
     manifest = load_manifest(dest)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    tasks = [_CheckTask(number, dest, shard, len(manifest.classes)) for number, shard in enumerate(shards)]
+    tasks = [_CheckTask(number, root, shard, len(manifest.classes)) for number, shard in enumerate(shards)]
     total = sum(shard.num_samples for shard in shards)
     done = 0
 
@@ -92,7 +95,7 @@ def check_dataset(
     num_processes = num_processes or min(available_cpus(), -(-total // _MIN_IMAGES_PER_PROCESS))
     checked = sorted(LocalProcesses(num_processes)(_check_shard, tasks, tell), key=lambda found: found.number)
     problems = [problem for found in checked for problem in found.problems]
-    problems += _foreign_files(dest, shards)
+    problems += _foreign_files(root.path, shards) if root.is_local else []
     return problems if source is None else [*problems, *_check_source(source, manifest)]
 
 
@@ -126,35 +129,45 @@ def _check_source(source: str, manifest: Manifest) -> Iterator[Problem]:
 
 
 def _check_shard(task: _CheckTask, tell: Tell) -> _Checked:
-    problems = list(_shard_problems(task.folder, task.shard, task.num_classes))
+    problems = list(_shard_problems(task.root, task.shard, task.num_classes))
     tell(task.shard.num_samples)
     return _Checked(task.number, [replace(problem, shard=task.shard.name) for problem in problems])
 
 
-def _shard_problems(folder: Path, shard: Shard, num_classes: int) -> Iterator[Problem]:
-    path = Path(shard.url) if shard.url else folder / shard.name
+def _shard_problems(root: Location, shard: Shard, num_classes: int) -> Iterator[Problem]:
     try:
+        path = _local_file(root, shard)
         num_bytes = path.stat().st_size
         if num_bytes != shard.num_bytes:
             yield Problem("", "size", f"{num_bytes} bytes, the manifest says {shard.num_bytes}; build again")
             return
         sha256 = file_sha256(path)
-    except (FileNotFoundError, NotADirectoryError):
-        yield Problem("", "missing", f"the manifest lists it, but there is no {path}; build again")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        yield Problem("", "missing", f"the manifest lists it, but there is no {error.filename or error}; build again")
         return
     except OSError as error:
-        yield Problem("", "missing", f"{path} cannot be read: {error.strerror}")
+        yield Problem("", "missing", f"{error.filename} cannot be read: {error.strerror}; ask for the permission")
+        return
+    except DabError as error:
+        yield Problem("", "missing", str(error))
         return
     if sha256 != shard.sha256:
         yield Problem("", "checksum", f"sha256 {sha256}, the manifest says {shard.sha256}; build again")
     index = None
+    name = index_path(Path(shard.name)).name
     try:
-        index = load_index(folder, shard)
-    except DabError as error:
-        yield Problem("", "index", str(error))
-    except (KeyError, TypeError, ValueError) as error:
-        yield Problem("", "index", f"{index_path(folder / shard.name)}: no index ({error!r}); build again")
+        index = parse_index(root.read_bytes(name), shard, root.child(name))
+    except (OSError, DabError, KeyError, TypeError, ValueError) as error:
+        yield Problem("", "index", f"{name}: cannot be read, or is not the index of this shard ({error}); build again")
     yield from _sample_problems(path, shard, index, num_classes)
+
+
+def _local_file(root: Location, shard: Shard) -> Path:
+    """Returns the shard as a file of this machine; one that lies elsewhere is fetched into the cache."""
+    place = Location.of(root.child(shard.url or shard.name))
+    if place.is_local and root.is_local:
+        return place.path
+    return ShardCache(default_folder()).path(shard_place(root, shard), shard)
 
 
 def _sample_problems(path: Path, shard: Shard, index: ShardIndex | None, num_classes: int) -> Iterator[Problem]:
