@@ -7,7 +7,7 @@ loss while NaN gradients spoil the layers below. Left out: what the ranks do abo
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -111,13 +111,14 @@ def save_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, bat
 
     A dictionary: `net` and `optimizer` (state dictionaries; the weights are those that the step began with, while the
     statistics of BatchNorm have seen the batch, and the warm searches, `threshold` and `num_searches`, are a step on),
-    `images`, `labels`, `indices` (of the samples in the split), `global_size`, and the fields of `place`.
+    `images`, `labels`, `indices` (of the samples in the split), `global_size`,
+    with mixing `partner_labels` and `weights`, and the fields of `place`.
 
     Raises:
         OSError: It cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    state: Mapping[str, Any] = {
+    state: dict[str, Any] = {
         "net": net.state_dict(),
         "optimizer": optimizer.state_dict(),
         "images": batch.images,
@@ -129,10 +130,12 @@ def save_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, bat
         "step": place.step,
         "seed": place.seed,
     }
+    if batch.partners is not None:
+        state |= {"partner_labels": batch.partner_labels, "weights": batch.weights}
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(dict(state), file)
+            torch.save(state, file)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from dabnn.distributed import World, seed_step, share_buffers, wrap
 from dabnn.errors import InvalidInputError
 from dabnn.instruments import Instruments
 from dabnn.layers import set_progress
-from dabnn.losses import distillation, kurtosis_penalty, latent_weights, smoothed_cross_entropy
+from dabnn.losses import distillation, kurtosis_penalty, latent_weights, mixed_cross_entropy, smoothed_cross_entropy
 from dabnn.models import Network, build
 from dabnn.optim import make_optimizer, set_learning_rate, take_step
 from dabnn.schedules import learning_rate
@@ -94,7 +94,14 @@ class Learner:
         self._model = wrap(self.net, self._world, (spec.in_channels, spec.input_size, spec.input_size))
 
     def step(
-        self, images: Tensor, labels: Tensor, *, epoch: float, step_in_epoch: int, num_samples: int
+        self,
+        images: Tensor,
+        labels: Tensor,
+        partners: tuple[Tensor, Tensor] | None = None,
+        *,
+        epoch: float,
+        step_in_epoch: int,
+        num_samples: int,
     ) -> tuple[Tensor, Tensor, float]:
         """Learn from this rank's samples of one step; every rank must call it.
 
@@ -103,12 +110,14 @@ class Learner:
         Args:
             images: (n, C, H, W) float32 on the rank's device.
             labels: (n,) int64.
+            partners: With mixing, the labels of the images that were mixed in and the share of `labels`, (n,) each.
             epoch: Fractional epoch of the stage.
             step_in_epoch: Steps of the epoch taken before.
             num_samples: Samples of the step over all ranks.
 
         Returns:
-            Logits (n, classes), the cross-entropy of each sample without smoothing (n,), and the loss.
+            Logits (n, classes), the cross-entropy of each sample without smoothing (n,), and the loss. With mixing the
+            cross-entropy is that of the sample's own label.
 
         Raises:
             DabError: Weights or step are not finite.
@@ -117,7 +126,7 @@ class Learner:
         set_progress(self.net, epoch / self.stage.epochs)
         self._model.train()
         with self.instruments.step(step_in_epoch):
-            logits, loss = self.loss(self._model, images, labels, num_samples)
+            logits, loss = self.loss(self._model, images, labels, num_samples, partners)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
         gradients = [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
@@ -133,20 +142,34 @@ class Learner:
         logits = logits.detach().float()
         return logits, F.cross_entropy(logits, labels, reduction="none"), value
 
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    def loss(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        num_samples: int,
+        partners: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return the logits of `model`, the network or a copy of it, and the loss that a step takes the gradient of."""
         with self._autocast:
             logits = model(images)
         # DDP averages over ranks; this makes it the mean over the samples of the step, also when shares differ.
-        loss = self._losses(logits, images, labels).sum() * (self._world.size / num_samples)
+        loss = self._losses(logits, images, labels, partners).sum() * (self._world.size / num_samples)
         if self.stage.loss.kurtosis is not None and self._latent:
             penalty = self.stage.loss.kurtosis
             loss = loss + penalty.weight * kurtosis_penalty(self._latent, penalty.target)
         return logits, loss
 
-    def _losses(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Return what is minimised for each sample: (1 - weight) cross-entropy + weight distillation."""
-        losses = smoothed_cross_entropy(logits, labels, self.stage.loss.label_smoothing)
+    def _losses(self, logits: Tensor, images: Tensor, labels: Tensor, partners: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return what is minimised for each sample: (1 - weight) cross-entropy + weight distillation.
+
+        The teacher answers to the mixed images themselves, so its answers need no partner (arXiv 2106.05237).
+        """
+        smoothing = self.stage.loss.label_smoothing
+        if partners is None:
+            losses = smoothed_cross_entropy(logits, labels, smoothing)
+        else:
+            losses = mixed_cross_entropy(logits, labels, smoothing, *partners)
         distill = self.stage.loss.distill
         if distill is None or self.teacher is None:
             return losses
@@ -164,7 +187,7 @@ class Learner:
 
         def forward(net: nn.Module) -> Tensor:
             seed_step(place.seed, place.step - 1, place.rank)
-            return self.loss(net, images, labels, batch.global_size)[1]
+            return self.loss(net, images, labels, batch.global_size, batch.partners)[1]
 
         found = first_not_finite(self.net, forward) if is_sick else None
         if witness(self._world.gather(found)) != self._world.rank:

@@ -27,6 +27,28 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> 
     return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
 
 
+def mixed_cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float, partner_labels: Tensor, weights: Tensor
+) -> Tensor:
+    r"""Return the cross-entropy of each sample that is a mixture of two.
+
+    w CE(label) + (1 - w) CE(partner's label), both smoothed as in `smoothed_cross_entropy`: the cross-entropy with
+    the mixture of the two targets (mixup, arXiv 1710.09412; CutMix, arXiv 1905.04899).
+
+    Args:
+        logits: (n, classes), floating.
+        labels: (n,), int64.
+        smoothing: Share of the target that is spread evenly, in [0, 1).
+        partner_labels: (n,), int64: of the images that were mixed in.
+        weights: (n,), float: w, the share of the first label.
+
+    Returns:
+        (n,) float32.
+    """
+    own = smoothed_cross_entropy(logits, labels, smoothing)
+    return weights * own + (1 - weights) * smoothed_cross_entropy(logits, partner_labels, smoothing)
+
+
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     r"""Return the distance of each sample's softened answer from the teacher's.
 

@@ -40,6 +40,7 @@ def open_split(spec: TrainSpec, model: ModelSpec, split: str, world: World) -> S
         std=std,
         training=is_training,
         ten_crop=data.ten_crop,
+        augment=data.augment,
     )
     return open_stream(
         data.train if is_training else data.val,
@@ -56,6 +57,7 @@ def open_split(spec: TrainSpec, model: ModelSpec, split: str, world: World) -> S
         window=data.window,
         max_bad_fraction=data.max_bad_fraction,
         cache=shard_cache(data),
+        decoded_bytes=data.decoded_cache_bytes,
         # Bytes are a quarter of the floats, over shared memory and over the bus.
         device=world.device if world.device.type == "cuda" else None,
     )

@@ -269,13 +269,13 @@ class _Loop:
         seed_step(self.spec.seed, position.step, self.world.rank)
         epoch = position.epoch - self._epochs_before + position.step_in_epoch / self.train_stream.num_steps
         labels = batch.labels.to(self.world.device)
-        images = batch.images.to(self.world.device)
+        images, size = batch.images.to(self.world.device), batch.global_size
         logits, losses, self._last_loss = self.learner.step(
-            images, labels, epoch=epoch, step_in_epoch=position.step_in_epoch, num_samples=batch.global_size
+            images, labels, batch.partners, epoch=epoch, step_in_epoch=position.step_in_epoch, num_samples=size
         )
         self.tally.add(batch, logits, labels, losses, epoch=position.epoch, step=position.step_in_epoch)
         self._check_bad(self.tally.bad, self.train_stream)  # rank 0 also counts those of before the run was resumed
-        self._seen += batch.global_size
+        self._seen += size
         position.step_in_epoch += 1
         position.step += 1
 

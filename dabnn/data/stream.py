@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from dabnn.data.bad_samples import BadSamples
+from dabnn.data.decoded_cache import open_decoded
 from dabnn.data.loaders import Answer, BatchReader, Loaders
 from dabnn.data.manifest import Manifest, load_manifest
 from dabnn.data.order import batches, share, steps
 from dabnn.data.pipeline import Pipeline
 from dabnn.data.reader import SampleReader, verify_sizes
 from dabnn.data.requests import Plan, Requests
-from dabnn.data.shard_cache import ShardCache
+from dabnn.data.shard_cache import ShardCache, default_folder
 from dabnn.data.transforms import Transform, make_transform
 from dabnn.errors import DabError, InvalidInputError
 
@@ -58,6 +59,11 @@ class Batch:
     weights: Tensor | None = None
     bad_indices: Tensor = field(default_factory=_no_indices)
     bad: tuple[str, ...] = ()
+
+    @property
+    def partners(self) -> tuple[Tensor, Tensor] | None:
+        """With mixing, `partner_labels` and `weights`; else nothing."""
+        return None if self.partner_labels is None or self.weights is None else (self.partner_labels, self.weights)
 
     @property
     def num_bad(self) -> int:
@@ -194,6 +200,7 @@ def open_stream(
     window: int = DEFAULT_WINDOW,
     max_bad_fraction: float = 0.0,
     cache: ShardCache | None = None,
+    decoded_bytes: int = 0,
     device: torch.device | None = None,
 ) -> Stream:
     """Opens a split of a dataset as a stream of batches.
@@ -223,6 +230,7 @@ def open_stream(
         max_bad_fraction: Share of an epoch's samples that may be undecodable; one more is an error. Other ranks' are
             not counted here.
         cache: Keeps shards from behind a URL; by default one under DAB_HOME.
+        decoded_bytes: Most bytes of decoded images that are kept beside it; see `decoded_cache`.
         device: Where batches go, as uint8, to be normalised there; by default they stay, and whoever reads normalises.
 
     Returns:
@@ -248,10 +256,14 @@ def open_stream(
         seed=seed,
         shuffle=shuffle,
         window=window,
+        is_mixing=shuffle and transform is not None and transform.added.is_mixing,
     )
     stored = SampleReader(root, entry, len(manifest.classes), cache)
     stored.require_room(window if shuffle else 1)
-    pipeline = Pipeline(stored, transform or _plain(manifest), seed)
+    transform = transform or _plain(manifest)
+    folder = (default_folder() if cache is None else cache.folder).parent / "decoded"
+    decoded = open_decoded(folder, decoded_bytes, manifest, split, transform.in_channels)
+    pipeline = Pipeline(stored, transform, seed, decoded)
     reader = BatchReader(pipeline, is_training=shuffle, tolerates_bad=max_bad_fraction > 0, is_finished=device is None)
     stream = Stream(
         plan,
