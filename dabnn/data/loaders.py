@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dabnn.data.memory import keep_freed_memory
 from dabnn.data.pipeline import Pipeline
 from dabnn.data.requests import Request, Requests
 from dabnn.errors import DabError
@@ -161,7 +162,7 @@ class Loaders:
                 num_workers=self._num_loaders,
                 persistent_workers=True,
                 multiprocessing_context=multiprocessing.get_context("forkserver"),
-                worker_init_fn=_die_with_parent,
+                worker_init_fn=_begin,
                 # The loader draws a number from this at each start; from the default one, a resumed run would draw
                 # once more.
                 generator=torch.Generator(),
@@ -217,7 +218,13 @@ def _do_nothing() -> None:
     """What the first process of the server does."""
 
 
-def _die_with_parent(_loader: int) -> None:
+def _begin(_loader: int) -> None:
+    """What a loader process does first."""
+    keep_freed_memory()
+    _die_with_parent()
+
+
+def _die_with_parent() -> None:
     """Ends a loader when its training process is gone; torch watches the parent, which here is the fork server."""
 
     def watch() -> None:
