@@ -2,11 +2,10 @@
 
 Each operation stands in one module with its plain-torch reference and its `torch.library` operator; the Numba (CPU)
 and Triton (GPU) versions stand beside it in `*_numba.py` and `*_triton.py` and are imported at the first call, so
-that importing `kernels` asks nothing of the machine. Left out: gradients (the layers of `dabnn` own them) and caches
-of rearranged weights.
+that importing `kernels` asks nothing of the machine. Left out: gradients (the layers of `dabnn` own them).
 """
 
-from kernels.conv import packed_conv2d
+from kernels.conv import packed_conv2d, packed_conv2d_signs
 from kernels.dab import dab_threshold, quantize_dab
 from kernels.dab_warm import dab_threshold_warm
 from kernels.dense import two_valued
@@ -17,6 +16,7 @@ __all__ = [
     "dab_threshold_warm",
     "pack_signs",
     "packed_conv2d",
+    "packed_conv2d_signs",
     "quantize_dab",
     "two_valued",
     "unpack_signs",

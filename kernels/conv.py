@@ -13,7 +13,11 @@ float32, rounded after every operation, in this order: `(alpha - beta) * E`, `+ 
 equals, bit for bit, the same expression of `torch.conv2d` in float32 wherever that convolution adds up its integers
 exactly (any direct or matrix-product algorithm; not Winograd).
 
-Left out: groups and dilation, other number formats of the output, a cache of rearranged weights.
+Followed by a threshold for each filter, the convolution gives the packed signs of the next layer without ever writing
+its values (`packed_conv2d_signs`): a scale, a shift and a ReLU between the two are monotone, so one threshold holds
+all of them.
+
+Left out: groups and dilation, other number formats of the output.
 """
 
 from collections.abc import Sequence
@@ -22,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.packing import has_numba, num_words, unpack_signs
+from kernels.packing import has_numba, is_plain_cpu, num_words, pack_signs, unpack_signs
 
 # Beyond this many taps a sum of signs need not be exact in float32.
 MAX_TAPS = 2**24 - 1
@@ -63,9 +67,75 @@ def packed_conv2d(
     steps, borders = _pair(stride), _pair(padding)
     _check_tensors(bits, weight_bits, alpha, beta, bias)
     _check_geometry(bits, weight_bits, in_channels, steps, borders)
-    scalars = [alpha.detach(), beta.detach(), None if bias is None else bias.detach()]
+    scalars = (_constant(alpha), _constant(beta), None if bias is None else _constant(bias))
+    if is_plain_cpu(bits):
+        return _packed_conv2d_cpu(bits, weight_bits, *scalars, in_channels, steps, borders)
     out: Tensor = torch.ops.dab.packed_conv2d(bits, weight_bits, *scalars, in_channels, steps, borders)
     return out
+
+
+def packed_conv2d_signs(
+    bits: Tensor,
+    weight_bits: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    falls: Tensor,
+    *,
+    in_channels: int,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 1,
+) -> Tensor:
+    """Convolves as `packed_conv2d` and keeps one bit of each value y of filter f: (y >= threshold[f]) xor falls[f].
+
+    Args:
+        bits: as in `packed_conv2d`, and likewise all up to `bias`.
+        weight_bits: see there.
+        alpha: see there.
+        beta: see there.
+        bias: see there.
+        threshold: (F,) float32; -inf for always, inf for never.
+        falls: (F,) bool.
+        in_channels: see `packed_conv2d`.
+        stride: see there.
+        padding: see there.
+
+    Returns:
+        (N, H', W', ceil(F / 32)) int32, packed as by `pack_signs`; bits beyond the last filter are 0.
+
+    Raises:
+        TypeError: a tensor has another type than stated.
+        ValueError: as `packed_conv2d`, or threshold or falls have not one value a filter.
+    """
+    steps, borders = _pair(stride), _pair(padding)
+    _check_tensors(bits, weight_bits, alpha, beta, bias)
+    _check_geometry(bits, weight_bits, in_channels, steps, borders)
+    _check_threshold(weight_bits, threshold, falls)
+    values = (_constant(alpha), _constant(beta), None if bias is None else _constant(bias))
+    scalars = (*values, _constant(threshold), falls)
+    if is_plain_cpu(bits):
+        return _packed_conv2d_signs_cpu(bits, weight_bits, *scalars, in_channels, steps, borders)
+    out: Tensor = torch.ops.dab.packed_conv2d_signs(bits, weight_bits, *scalars, in_channels, steps, borders)
+    return out
+
+
+def packed_conv2d_signs_reference(
+    bits: Tensor,
+    weight_bits: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    falls: Tensor,
+    in_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """`packed_conv2d_signs` by way of the values, on any device that has `packed_conv2d`; arguments as there."""
+    y = torch.ops.dab.packed_conv2d(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding)
+    is_upper = (y >= threshold.view(-1, 1, 1)) ^ falls.view(-1, 1, 1)
+    return pack_signs(torch.where(is_upper, 1.0, -1.0))
 
 
 def packed_conv2d_reference(
@@ -90,7 +160,12 @@ def packed_conv2d_reference(
 def _empty_output(bits: Tensor, weight_bits: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     height = output_size(bits.shape[1], weight_bits.shape[1], stride[0], padding[0])
     width = output_size(bits.shape[2], weight_bits.shape[2], stride[1], padding[1])
-    return bits.new_empty((bits.shape[0], weight_bits.shape[0], height, width), dtype=torch.float32)
+    shape = (bits.shape[0], weight_bits.shape[0], height, width)
+    if bits.device.type != "cpu":
+        return bits.new_empty(shape, dtype=torch.float32)
+    # Filters lie side by side, as the kernel of the CPU makes them.
+    rows = bits.new_empty((shape[0], height, width, shape[1]), dtype=torch.float32)
+    return rows.permute(0, 3, 1, 2)
 
 
 def _packed_conv2d_fake(
@@ -116,11 +191,11 @@ def _packed_conv2d_cpu(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> Tensor:
+    out = _empty_output(bits, weight_bits, stride, padding)
     if not has_numba():
-        return packed_conv2d_reference(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding)
+        return out.copy_(packed_conv2d_reference(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding))
     from kernels import conv_numba
 
-    out = _empty_output(bits, weight_bits, stride, padding)
     conv_numba.launch(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding, out)
     return out
 
@@ -142,6 +217,49 @@ def _packed_conv2d_cuda(
     return out
 
 
+def _empty_signs(bits: Tensor, weight_bits: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    height = output_size(bits.shape[1], weight_bits.shape[1], stride[0], padding[0])
+    width = output_size(bits.shape[2], weight_bits.shape[2], stride[1], padding[1])
+    return bits.new_empty((bits.shape[0], height, width, num_words(weight_bits.shape[0])))
+
+
+def _packed_conv2d_signs_fake(
+    bits: Tensor,
+    weight_bits: Tensor,
+    alpha: Tensor,  # noqa: ARG001  (a fake has the operator's arguments)
+    beta: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    threshold: Tensor,  # noqa: ARG001
+    falls: Tensor,  # noqa: ARG001
+    in_channels: int,  # noqa: ARG001
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    return _empty_signs(bits, weight_bits, stride, padding)
+
+
+def _packed_conv2d_signs_cpu(
+    bits: Tensor,
+    weight_bits: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    falls: Tensor,
+    in_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    scalars = (alpha, beta, bias, threshold, falls)
+    if not has_numba():
+        return packed_conv2d_signs_reference(bits, weight_bits, *scalars, in_channels, stride, padding)
+    from kernels import conv_numba
+
+    out = _empty_signs(bits, weight_bits, stride, padding)
+    conv_numba.launch_signs(bits, weight_bits, *scalars, in_channels, stride, padding, out)
+    return out
+
+
 def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
     """Returns how many windows of `kernel` taps fit along a side of `size` pixels."""
     return (size + 2 * padding - kernel) // stride + 1
@@ -149,6 +267,11 @@ def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else value
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """Returns the tensor without gradient: the very same object if it has none, by which `derived` knows it."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _check_tensors(bits: Tensor, weight_bits: Tensor, alpha: Tensor, beta: Tensor, bias: Tensor | None) -> None:
@@ -170,6 +293,20 @@ def _check_tensors(bits: Tensor, weight_bits: Tensor, alpha: Tensor, beta: Tenso
             raise ValueError(f"{name}: on {scalars.device}, bits on {bits.device}; move them to one device")
     if weight_bits.device != bits.device:
         raise ValueError(f"weight_bits: on {weight_bits.device}, bits on {bits.device}; move them to one device")
+
+
+def _check_threshold(weight_bits: Tensor, threshold: Tensor, falls: Tensor) -> None:
+    for name, tensor, dtype in (("threshold", threshold, torch.float32), ("falls", falls, torch.bool)):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: {tensor.dtype}; must be {dtype}")
+        if tensor.shape != weight_bits.shape[:1]:
+            raise ValueError(
+                f"{name}: shape {tuple(tensor.shape)} for {weight_bits.shape[0]} filters; one value a filter"
+            )
+        if tensor.device != weight_bits.device:
+            raise ValueError(
+                f"{name}: on {tensor.device}, weight_bits on {weight_bits.device}; move them to one device"
+            )
 
 
 def _check_geometry(
@@ -205,3 +342,12 @@ torch.library.impl("dab::packed_conv2d", "CompositeExplicitAutograd", packed_con
 torch.library.impl("dab::packed_conv2d", "CPU", _packed_conv2d_cpu)
 torch.library.impl("dab::packed_conv2d", "CUDA", _packed_conv2d_cuda)
 torch.library.register_fake("dab::packed_conv2d", _packed_conv2d_fake)
+
+torch.library.define(
+    "dab::packed_conv2d_signs",
+    "(Tensor bits, Tensor weight_bits, Tensor alpha, Tensor beta, Tensor? bias, Tensor threshold, Tensor falls, "
+    "int in_channels, int[2] stride, int[2] padding) -> Tensor",
+)
+torch.library.impl("dab::packed_conv2d_signs", "CompositeExplicitAutograd", packed_conv2d_signs_reference)
+torch.library.impl("dab::packed_conv2d_signs", "CPU", _packed_conv2d_signs_cpu)
+torch.library.register_fake("dab::packed_conv2d_signs", _packed_conv2d_signs_fake)

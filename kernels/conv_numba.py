@@ -1,27 +1,45 @@
-"""Numba version of `kernels.conv.packed_conv2d`: one output row a task.
+"""Numba version of `kernels.conv`: 7 windows by 32 filters at a time, counts in vector registers (`vector_ir`).
 
-A task gathers the windows of its row once, as 64-bit words with zeros at padded taps, and the sum of signs of each
-window; then every filter is one loop over the row. The count of a filter's ones on the valid taps of a border window
-is read from a two-dimensional prefix sum, since valid taps always form a rectangle. No fast-math, so each float32
-operation rounds on its own.
+The input is copied once into an image with a border of zero words, in which a padded tap counts nothing. What a filter
+has to subtract there, its ones on the taps inside the image, is read from a table of the few kinds of border. The sum
+of signs of each window, the same for all filters, is a box sum of the pixels' counts. Filters lie side by side, so
+there is no sum across a vector. No fast-math: each float32 operation rounds on its own.
 
-Measured at batch 1 on an AMD EPYC with AVX-512, 2026-11-23, other work running: on one thread 1.1 to 4.1 times as
-fast as torch's float32 on the 3x3 layers of ResNet-18 (64 to 512 channels), on two threads 0.6 to 1.9 times; without
-packing, see benchmarks/results/packed_conv_cpu.json.
+Measured at batch 1 on one thread of an AMD EPYC with AVX-512, see benchmarks/results/packed_conv_cpu.json. A processor
+without VPOPCNTDQ runs the same code; LLVM then counts ones with byte shuffles, or with scalar instructions.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.derived import derived
 from kernels.numba_threads import torch_threads
 from kernels.packing import WORD_BITS
+from kernels.vector_ir import TILE_FILTERS, TILE_PIXELS, convolve_tile, count_ones
+
+_WORD_BYTES = 4
+# Tasks a thread, so that the last one is not waited for.
+_TASKS_PER_THREAD = 4
+# Words of input and weight that meet, from where on threads gain more than they cost to wake (2 cores, AMD EPYC).
+_PARALLEL_WORDS = 2**21
+# Rows of scalars for values; signs have two more.
+_VALUE_ROWS = 3
+# As a bias it adds nothing, not even to a negative zero.
+_NO_BIAS = np.float32(-0.0)
+
+
+_Scalars = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
+_Filters = tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.int32]]
+_Places = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+_Numbers = tuple[int, np.uint32, int, int, int, int, int, int]
 
 
 def launch(
@@ -46,141 +64,357 @@ def launch(
         in_channels: see there.
         stride: (vertical, horizontal).
         padding: (vertical, horizontal).
-        out: (N, F, H', W') float32, contiguous, overwritten.
+        out: (N, F, H', W') float32, overwritten; written without a copy where it is channels-last.
     """
-    tail = np.uint32(0xFFFFFFFF >> (-in_channels % WORD_BITS))
-    masked = weight_bits.contiguous().numpy().view(np.uint32).copy()
-    masked[..., -1] &= tail
+    rows = out.permute(0, 2, 3, 1)
+    target = rows if rows.is_contiguous() else rows.contiguous()
+    _launch(bits, weight_bits, (alpha, beta, bias), in_channels, _steps(stride, padding), target.numpy())
+    if target is not rows:
+        rows.copy_(target)
+
+
+def launch_signs(
+    bits: Tensor,
+    weight_bits: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    falls: Tensor,
+    in_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    out: Tensor,
+) -> None:
+    """Writes the packed signs of the convolution into out.
+
+    Args:
+        bits: as in `kernels.conv.packed_conv2d_signs`, and likewise all up to `padding`.
+        weight_bits: see there.
+        alpha: see there.
+        beta: see there.
+        bias: see there.
+        threshold: see there.
+        falls: see there.
+        in_channels: see there.
+        stride: (vertical, horizontal).
+        padding: (vertical, horizontal).
+        out: (N, H', W', ceil(F / 32)) int32, contiguous, overwritten.
+    """
+    scalars = (alpha, beta, bias, threshold, falls)
+    _launch(bits, weight_bits, scalars, in_channels, _steps(stride, padding), out.numpy().view(np.uint32))
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """Where the windows of an image lie; pixels are filled up to whole tiles with the last one.
+
+    Attributes:
+        starts: int64, bytes from the beginning of the padded image to each window.
+        kinds: int64, number of the kind of border of each window.
+        places: int64, number of each window in the image.
+        valid: for each kind, the taps inside the image: (first row, end row, first column, end column).
+        rows: int64 (H',), taps of a column inside the image.
+        columns: int64 (W',), taps of a row inside the image.
+    """
+
+    starts: NDArray[np.int64]
+    kinds: NDArray[np.int64]
+    places: NDArray[np.int64]
+    valid: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+
+
+def _arrange(weight_bits: Tensor, scalars: _Scalars, in_channels: int, valid: NDArray[np.int64]) -> _Filters:
+    """Returns the filters as the tiles read them.
+
+    Returns:
+        (ceil(F / 32), kh, kw * words, 32) uint32, 0 beyond the last filter and channel; their scalars; and for each
+        kind of border (kinds, ceil(F / 32) * 32) int32, the ones of every filter at the taps inside the image.
+    """
+    words = weight_bits.detach().contiguous().numpy().view(np.uint32).copy()
+    words[..., -1] &= _tail(in_channels)
+    filters, height, width, depth = words.shape
+    missing = -filters % TILE_FILTERS
+    blocks = np.pad(words.reshape(filters, height, width * depth), ((0, missing), (0, 0), (0, 0)))
+    blocks = blocks.reshape(-1, TILE_FILTERS, height, width * depth).transpose(0, 2, 3, 1)
+    before = np.zeros((filters, height + 1, width + 1), np.int32)  # ones at the taps above and left of each corner
+    before[:, 1:, 1:] = np.unpackbits(words.view(np.uint8), axis=-1).sum(-1, dtype=np.int32).cumsum(1).cumsum(2)
+    top, bottom, left, right = valid.T
+    inside = before[:, bottom, right] - before[:, top, right] - before[:, bottom, left] + before[:, top, left]
+    ones = np.pad(inside.T, ((0, 0), (0, missing)))
+    return np.ascontiguousarray(blocks), _scalar_rows(scalars, len(blocks)), np.ascontiguousarray(ones)
+
+
+def _steps(stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int, int, int]:
+    return stride[0], stride[1], padding[0], padding[1]
+
+
+def _tail(in_channels: int) -> np.uint32:
+    """Returns the bits of the last word that are channels."""
+    return np.uint32(0xFFFFFFFF >> (-in_channels % WORD_BITS))
+
+
+def _scalar_rows(scalars: _Scalars, num_blocks: int) -> NDArray[np.float32]:
+    """Returns (blocks, rows, 32) float32: scale, beta and bias, with a threshold also that and the bits of `falls`."""
+    alpha, beta, bias, *signs = scalars
+    filters = len(alpha)
+    table = np.zeros((_VALUE_ROWS + len(signs), num_blocks * TILE_FILTERS), np.float32)
+    table[0, :filters] = (alpha - beta).numpy()
+    table[1, :filters] = beta.numpy()
+    table[2, :filters] = _NO_BIAS if bias is None else bias.numpy()
+    if signs:
+        threshold, falls = signs
+        table[3] = np.inf  # no bit is set beyond the last filter
+        table[3, :filters] = threshold.numpy()
+        flags = np.zeros((num_blocks, TILE_FILTERS), np.uint64)
+        flags.reshape(-1)[:filters] = falls.numpy()
+        words = (flags << np.arange(TILE_FILTERS, dtype=np.uint64)).sum(1).astype(np.uint32)
+        table[4, ::TILE_FILTERS] = words.view(np.float32)
+    return np.ascontiguousarray(table.reshape(len(table), num_blocks, TILE_FILTERS).transpose(1, 0, 2))
+
+
+@lru_cache(maxsize=256)
+def _geometry(shape: tuple[int, int, int], kernel: tuple[int, int], steps: tuple[int, int, int, int]) -> _Geometry:
+    """Lays out the windows of an image of shape (height, width, words), steps being stride and padding."""
+    height, width, words = shape
+    row_kinds, row_of, rows = _borders(height, kernel[0], steps[0], steps[2])
+    column_kinds, column_of, columns = _borders(width, kernel[1], steps[1], steps[3])
+    count = len(row_of) * len(column_of)
+    places = np.minimum(np.arange(-(-count // TILE_PIXELS) * TILE_PIXELS), count - 1)
+    y, x = places // len(column_of), places % len(column_of)
+    starts = (y * steps[0] * (width + 2 * steps[3]) + x * steps[1]) * words * _WORD_BYTES
+    valid = np.array([(*row, *column) for row in row_kinds for column in column_kinds], np.int64)
+    return _Geometry(starts, row_of[y] * len(column_kinds) + column_of[x], places, valid, rows, columns)
+
+
+def _borders(
+    size: int, kernel: int, stride: int, padding: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the different (first tap, end tap) inside the image, which of them each output has, and how many taps."""
+    start = np.arange((size + 2 * padding - kernel) // stride + 1) * stride - padding
+    first = np.clip(-start, 0, kernel)
+    end = np.maximum(first, np.minimum(kernel, size - start))
+    kinds, which = np.unique(np.stack([first, end], 1), axis=0, return_inverse=True)
+    return kinds, which.reshape(-1).astype(np.int64), (end - first).astype(np.int64)
+
+
+def _launch(
+    bits: Tensor,
+    weight_bits: Tensor,
+    scalars: _Scalars,
+    in_channels: int,
+    steps: tuple[int, int, int, int],
+    out: NDArray[np.float32] | NDArray[np.uint32],
+) -> None:
+    if not out.size:
+        return
+    words = bits.contiguous().numpy().view(np.uint32)
+    kernel = (weight_bits.shape[1], weight_bits.shape[2])
+    place = _geometry(words.shape[1:], kernel, steps)
+    key = (in_channels, words.shape[1:], steps, scalars[2] is None)
+    tensors = [tensor for tensor in (weight_bits, *scalars) if tensor is not None]
+    filters = derived("conv_numba", tensors, key, lambda: _arrange(weight_bits, scalars, in_channels, place.valid))
+    where = (place.starts, place.kinds, place.places, place.rows, place.columns)
+    numbers = (in_channels, _tail(in_channels), *kernel, *steps)
+    flat = out.reshape(len(words), -1, out.shape[3])
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or flat.shape[0] * flat.shape[1] * filters[0].size < _PARALLEL_WORDS:
+        _convolve(words, filters, where, numbers, 1, flat)
+        return
     with torch_threads():
-        _conv_rows(
-            bits.contiguous().numpy().view(np.uint32),
-            _as_long_words(masked),
-            _ones_before(masked),
-            (alpha - beta).numpy(),
-            beta.contiguous().numpy(),
-            np.empty(0, np.float32) if bias is None else bias.contiguous().numpy(),
-            (in_channels, tail, stride[0], stride[1], padding[0], padding[1]),
-            out.numpy(),
-        )
-
-
-def _as_long_words(words: NDArray[np.uint32]) -> NDArray[np.uint64]:
-    """(F, kh, kw, words) to (F, ceil(kh * kw * words / 2)): a filter's words in pairs, filled up with a zero word."""
-    flat = words.reshape(words.shape[0], -1)
-    return np.ascontiguousarray(np.pad(flat, ((0, 0), (0, flat.shape[1] % 2)))).view(np.uint64)
-
-
-def _type_popcount(_context: Any, _word: Any) -> Any:
-    """Types and builds the number of ones in a 64-bit word as LLVM's `ctpop`, which vectorises."""
-
-    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return types.int64(types.uint64), build
-
-
-_popcount: Any = intrinsic(_type_popcount)
+        chunks = -(-num_threads * _TASKS_PER_THREAD // (len(words) * len(filters[0])))
+        _convolve_in_threads(words, filters, where, numbers, chunks, flat)
 
 
 @numba.njit(nogil=True, cache=True)
-def _ones_before(words: NDArray[np.uint32]) -> NDArray[np.int32]:
-    """(F, kh + 1, kw + 1): ones of the filter at the taps above and left of each corner."""
-    filters, height, width, num_words = words.shape
-    ones = np.zeros((filters, height + 1, width + 1), np.int32)
-    for index in range(filters):
-        for ky in range(height):
-            in_row = 0
-            for kx in range(width):
-                for word in range(num_words):
-                    in_row += _popcount(np.uint64(words[index, ky, kx, word]))
-                ones[index, ky + 1, kx + 1] = ones[index, ky, kx + 1] + in_row
-    return ones
+def _pad(bits: NDArray[np.uint32], tail: np.uint32, pad_h: int, pad_w: int, padded: NDArray[np.uint32]) -> None:
+    """Copies an image into the middle of a larger one of zeros, without the bits beyond the last channel."""
+    height, width, words = bits.shape
+    padded[:pad_h] = 0
+    padded[pad_h + height :] = 0
+    for y in range(height):
+        line = padded[pad_h + y]
+        line[:pad_w] = 0
+        line[pad_w + width :] = 0
+        for x in range(width):
+            for word in range(words - 1):
+                line[pad_w + x, word] = bits[y, x, word]
+            line[pad_w + x, words - 1] = bits[y, x, words - 1] & tail
 
 
 @numba.njit(nogil=True, cache=True)
-def _valid_taps(position: int, stride: int, padding: int, kernel: int, size: int) -> tuple[int, int]:
-    """First and one past the last tap of the window at an output position that lie inside the image."""
-    start = position * stride - padding
-    first = min(max(0, -start), kernel)
-    return first, max(first, min(kernel, size - start))
+def _count_pixels(bits: NDArray[np.uint32], ones: NDArray[np.int32]) -> None:
+    """Writes the ones of each pixel (width, words) of a row."""
+    width, words = bits.shape
+    counts = np.empty(width * words, np.int32)
+    flat = bits.reshape(-1)
+    for index in range(len(flat)):
+        counts[index] = count_ones(flat[index])
+    if words == 1:
+        ones[:] = counts
+        return
+    pairs = counts.reshape(width, words)
+    for x in range(width):
+        total = np.int32(0)
+        for word in range(words):
+            total += pairs[x, word]
+        ones[x] = total
 
 
 @numba.njit(nogil=True, cache=True)
-def _gather_window(
-    bits: NDArray[np.uint32],
-    image: int,
-    corner: tuple[int, int],
-    taps: tuple[int, int, int, int],
-    kernel_w: int,
-    tail: np.uint32,
-    window: NDArray[np.uint32],
-) -> None:
-    words = bits.shape[3]
-    for ky in range(taps[0], taps[1]):
-        for kx in range(taps[2], taps[3]):
-            start = (ky * kernel_w + kx) * words
-            for word in range(words):
-                window[start + word] = bits[image, corner[0] + ky, corner[1] + kx, word]
-            window[start + words - 1] &= tail
-
-
-@numba.njit(nogil=True, cache=True)
-def _filter_row(
-    windows: NDArray[np.uint64],
-    sums: NDArray[np.int64],
+def _sum_signs(
+    padded: NDArray[np.uint32],
+    in_channels: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    rows: NDArray[np.int64],
     columns: NDArray[np.int64],
-    rows: tuple[int, int],
-    weight: NDArray[np.uint64],
-    ones_before: NDArray[np.int32],
-    scalars: tuple[np.float32, np.float32],
-    out: NDArray[np.float32],
+    sums: NDArray[np.float32],
 ) -> None:
-    last = ones_before.shape[1] - 1
-    inside = ones_before[rows[1], last] - ones_before[rows[0], last]
-    for column in range(out.shape[0]):
-        count = 0
-        for word in range(weight.shape[0]):
-            count += _popcount(windows[column, word] & weight[word])
-        ones, left, right = inside, columns[column, 0], columns[column, 1]
-        if right - left < last:
-            ones = ones_before[rows[1], right] - ones_before[rows[0], right]
-            ones -= ones_before[rows[1], left] - ones_before[rows[0], left]
-        out[column] = scalars[0] * np.float32(2 * count - ones) + scalars[1] * np.float32(sums[column])
+    """Writes the sum of signs of each window: twice the ones, less the taps inside the image."""
+    height, width, _ = padded.shape
+    ones = np.empty((height, width), np.int32)
+    for y in range(height):
+        _count_pixels(padded[y], ones[y])
+    line = np.empty(width, np.int32)
+    for y in range(len(rows)):
+        line[:] = 0
+        for tap in range(kernel[0]):
+            above = ones[y * stride[0] + tap]
+            for x in range(width):
+                line[x] += above[x]
+        out = sums[y * len(columns) : (y + 1) * len(columns)]
+        for x in range(len(columns)):
+            out[x] = np.float32(-in_channels * rows[y] * columns[x])
+        for tap in range(kernel[1]):
+            for x in range(len(columns)):
+                out[x] += np.float32(2 * line[x * stride[1] + tap])  # whole numbers below 2**24: exact
+    sums[len(rows) * len(columns) :] = sums[len(rows) * len(columns) - 1]
+
+
+@numba.njit(nogil=True, cache=True)
+def _prepare(
+    bits: NDArray[np.uint32], places: _Places, numbers: _Numbers, padded: NDArray[np.uint32], sums: NDArray[np.float32]
+) -> None:
+    _pad(bits, numbers[1], numbers[6], numbers[7], padded)
+    kernel, stride = (numbers[2], numbers[3]), (numbers[4], numbers[5])
+    _sum_signs(padded, numbers[0], kernel, stride, places[3], places[4], sums)
+
+
+@numba.njit(nogil=True, cache=True)
+def _seven(values: NDArray[np.float32], first: int) -> tuple[np.float32, ...]:
+    return (
+        values[first],
+        values[first + 1],
+        values[first + 2],
+        values[first + 3],
+        values[first + 4],
+        values[first + 5],
+        values[first + 6],
+    )
+
+
+@numba.njit(nogil=True, cache=True)
+def _addresses(base: int, values: NDArray[np.int64], first: int, scale: int) -> tuple[int, ...]:
+    return (
+        base + values[first] * scale,
+        base + values[first + 1] * scale,
+        base + values[first + 2] * scale,
+        base + values[first + 3] * scale,
+        base + values[first + 4] * scale,
+        base + values[first + 5] * scale,
+        base + values[first + 6] * scale,
+    )
+
+
+@numba.njit(nogil=True, cache=True)
+def _address(values: NDArray[Any]) -> int:
+    return np.int64(values.ctypes.data)  # type: ignore[return-value] # Numba's integers are these
+
+
+@numba.njit(nogil=True, cache=True)
+def _run_task(
+    task: int,
+    images: tuple[NDArray[np.uint32], NDArray[np.float32]],
+    filters: _Filters,
+    places: _Places,
+    num_chunks: int,
+    out: NDArray[Any],
+) -> None:
+    """Convolves a range of tiles of one image with one block of filters, into out (N, windows, filters or words)."""
+    (padded, sums), (blocks, scalars, ones) = images, filters
+    chunk, block, image = task % num_chunks, task // num_chunks % len(blocks), task // num_chunks // len(blocks)
+    num_tiles = len(places[0]) // TILE_PIXELS
+    # Columns that a block writes: a value for each of its filters, or one word.
+    columns = TILE_FILTERS if scalars.shape[1] == _VALUE_ROWS else 1
+    first = block * columns
+    width = min(columns, out.shape[2] - first)
+    row = np.empty((TILE_PIXELS, TILE_FILTERS), out.dtype)
+    rows = np.arange(TILE_PIXELS) * TILE_FILTERS
+    window = (padded.shape[2] * padded.shape[3] * 4, blocks.shape[1], blocks.shape[2])
+    for tile in range(num_tiles * chunk // num_chunks, num_tiles * (chunk + 1) // num_chunks):
+        pixel = tile * TILE_PIXELS
+        targets = _addresses(_address(out[image]) + first * 4, places[2], pixel, out.shape[2] * 4)
+        if width < columns:
+            targets = _addresses(_address(row), rows, 0, 4)
+        convolve_tile(
+            _addresses(_address(padded[image]), places[0], pixel, 1),
+            window,
+            _address(blocks[block]),
+            _address(scalars[block]),
+            _addresses(_address(ones) + block * TILE_FILTERS * 4, places[1], pixel, ones.shape[1] * 4),
+            _seven(sums[image], pixel),
+            targets,
+            out,
+        )
+        if width < columns:
+            for index in range(TILE_PIXELS):
+                for column in range(width):
+                    out[image, places[2][pixel + index], first + column] = row[index, column]
+
+
+@numba.njit(nogil=True, cache=True)
+def _empty_images(
+    bits: NDArray[np.uint32], places: _Places, numbers: _Numbers
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Returns room for the padded images and for the sums of their windows."""
+    batch, height, width, words = bits.shape
+    padded = np.empty((batch, height + 2 * numbers[6], width + 2 * numbers[7], words), np.uint32)
+    return padded, np.empty((batch, len(places[0])), np.float32)
+
+
+@numba.njit(nogil=True, cache=True)
+def _convolve(
+    bits: NDArray[np.uint32],
+    filters: _Filters,
+    places: _Places,
+    numbers: _Numbers,
+    num_chunks: int,
+    out: NDArray[Any],
+) -> None:
+    images = _empty_images(bits, places, numbers)
+    for image in range(len(bits)):
+        _prepare(bits[image], places, numbers, images[0][image], images[1][image])
+    for task in range(len(bits) * len(filters[0]) * num_chunks):
+        _run_task(task, images, filters, places, num_chunks, out)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _conv_rows(
+def _convolve_in_threads(
     bits: NDArray[np.uint32],
-    weights: NDArray[np.uint64],
-    ones_before: NDArray[np.int32],
-    scale: NDArray[np.float32],
-    beta: NDArray[np.float32],
-    bias: NDArray[np.float32],
-    geometry: tuple[int, np.uint32, int, int, int, int],
-    out: NDArray[np.float32],
+    filters: _Filters,
+    places: _Places,
+    numbers: _Numbers,
+    num_chunks: int,
+    out: NDArray[Any],
 ) -> None:
-    in_channels, tail, stride_h, stride_w, pad_h, pad_w = geometry
-    kernel_h, kernel_w = ones_before.shape[1] - 1, ones_before.shape[2] - 1
-    num_filters, out_height, out_width = out.shape[1], out.shape[2], out.shape[3]
-    for row in numba.prange(out.shape[0] * out_height):
-        image, y = row // out_height, row % out_height
-        rows = _valid_taps(y, stride_h, pad_h, kernel_h, bits.shape[1])
-        windows = np.zeros((out_width, weights.shape[1]), np.uint64)
-        sums = np.zeros(out_width, np.int64)
-        columns = np.empty((out_width, 2), np.int64)
-        for x in range(out_width):
-            left, right = _valid_taps(x, stride_w, pad_w, kernel_w, bits.shape[2])
-            columns[x, 0], columns[x, 1] = left, right
-            corner = (y * stride_h - pad_h, x * stride_w - pad_w)
-            _gather_window(
-                bits, image, corner, (rows[0], rows[1], left, right), kernel_w, tail, windows[x].view(np.uint32)
-            )
-            for word in windows[x]:
-                sums[x] += 2 * _popcount(word)
-            sums[x] -= in_channels * (rows[1] - rows[0]) * (right - left)
-        for index in range(num_filters):
-            target = out[image, index, y]
-            scalars = (scale[index], beta[index])
-            _filter_row(windows, sums, columns, rows, weights[index], ones_before[index], scalars, target)
-            if bias.size:
-                target += bias[index]
+    images = _empty_images(bits, places, numbers)
+    if len(bits) == 1:  # not worth waking threads for
+        _prepare(bits[0], places, numbers, images[0][0], images[1][0])
+    else:
+        for image in numba.prange(len(bits)):
+            _prepare(bits[image], places, numbers, images[0][image], images[1][image])
+    for task in numba.prange(len(bits) * len(filters[0]) * num_chunks):
+        _run_task(task, images, filters, places, num_chunks, out)

@@ -23,6 +23,9 @@ def has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def pack_signs(x: Tensor) -> Tensor:
     """Packs the signs of an image tensor: bit 1 where x >= 0.
 
@@ -42,8 +45,18 @@ def pack_signs(x: Tensor) -> Tensor:
         raise TypeError(f"x: {x.dtype} has no signed zero to define the sign of; give a floating type, e.g. x.float()")
     if x.dim() != 4:
         raise ValueError(f"x: shape {tuple(x.shape)} has {x.dim()} dimensions; pack_signs takes (N, C, H, W)")
+    if is_plain_cpu(x):
+        return _pack_signs_cpu(x.detach())
     bits: Tensor = torch.ops.dab.pack_signs(x.detach())
     return bits
+
+
+def is_plain_cpu(x: Tensor) -> bool:
+    """Returns whether a CPU kernel may be called without torch's dispatcher, which costs as much as a small layer.
+
+    A compiler, and tensors that only pretend to hold values, need the operator.
+    """
+    return x.device.type == "cpu" and type(x) in _PLAIN and not torch.compiler.is_compiling()
 
 
 def unpack_signs(bits: Tensor, channels: int) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kernels import conv_numba, conv_triton, pack_signs, packed_conv2d
+from kernels import conv_numba, conv_triton, pack_signs, packed_conv2d, packed_conv2d_signs
 from kernels.conv import packed_conv2d_reference
 
 SIZES = [1, 31, 32, 33, 63, 100]
@@ -204,3 +204,61 @@ def test_the_operator_has_a_faithful_fake():
     arguments = (*packed_case(signs, mask), alpha, beta, bias, 40, (2, 1), (1, 0))
     operator = torch.ops.dab.packed_conv2d.default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("filters", [1, 31, 32, 33, 70])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_signs_of_a_convolution_are_those_of_its_values(geometry, filters, has_bias):
+    kernel, stride, padding, image = geometry
+    signs, mask, alpha, beta, bias = random_case(40, filters, kernel, image)
+    bits, weight_bits = packed_case(signs, mask)
+    taken = bias if has_bias else None
+    y = packed_conv2d(bits, weight_bits, alpha, beta, taken, in_channels=40, stride=stride, padding=padding)
+    threshold = y.flatten(2).median(2).values[0]  # a value that occurs, so that equality is tried
+    threshold[::7], threshold[3::7] = torch.inf, -torch.inf
+    falls = torch.arange(filters) % 3 == 0
+    found = packed_conv2d_signs(
+        bits, weight_bits, alpha, beta, taken, threshold, falls, in_channels=40, stride=stride, padding=padding
+    )
+    upper = (y >= threshold.view(-1, 1, 1)) ^ falls.view(-1, 1, 1)
+    assert torch.equal(found, pack_signs(torch.where(upper, 1.0, -1.0)))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "falls", "message"),
+    [
+        (torch.zeros(3), torch.zeros(4, dtype=torch.bool), "threshold: shape"),
+        (torch.zeros(4), torch.zeros(4), "falls: torch.float32"),
+        (torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.bool), "threshold: torch.float64"),
+    ],
+)
+def test_thresholds_that_do_not_fit_are_refused(threshold, falls, message):
+    signs, mask, alpha, beta, _ = random_case(8, 4, (3, 3), (5, 5))
+    with pytest.raises((TypeError, ValueError), match=message):
+        packed_conv2d_signs(*packed_case(signs, mask), alpha, beta, None, threshold, falls, in_channels=8)
+
+
+def test_changed_weights_are_seen_at_once():
+    signs, mask, alpha, beta, _ = random_case(8, 4, (3, 3), (5, 5))
+    bits, weight_bits = packed_case(signs, mask)
+    before = packed_conv2d(bits, weight_bits, alpha, beta, in_channels=8)
+    alpha.mul_(2)
+    weight_bits.zero_()
+    after = packed_conv2d(bits, weight_bits, alpha, beta, in_channels=8)
+    total = F.conv2d(signs, torch.ones_like(mask[:1], dtype=torch.float32), padding=1)
+    assert torch.equal(after, beta.view(-1, 1, 1) * total)
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_give_the_same_bits(threads):
+    signs, mask, alpha, beta, bias = random_case(128, 64, (3, 3), (40, 41))
+    bits, weight_bits = packed_case(signs, mask)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = packed_conv2d(bits, weight_bits, alpha, beta, bias, in_channels=128)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, float_path(signs, mask, alpha, beta, bias, (1, 1), (1, 1)))

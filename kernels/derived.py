@@ -1,0 +1,41 @@
+"""Arrays derived from tensors, such as rearranged weights, kept for as long as the tensors live unchanged."""
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+_Made = TypeVar("_Made")
+
+# Entries die with any of their tensors, so an id is never that of another tensor.
+_entries: dict[tuple[Hashable, ...], tuple[tuple[int, ...], Any, list["weakref.ref[Tensor]"]]] = {}
+
+
+def derived(name: str, tensors: Sequence[Tensor], key: Hashable, make: Callable[[], _Made]) -> _Made:
+    """Returns what `make` made of these tensors, from an earlier call if none of them has been written since.
+
+    Args:
+        name: What is derived; one kind of result a name.
+        tensors: What it is derived from. Tensors made in inference mode count no writes, so nothing is kept of them.
+        key: What else it depends on.
+        make: Makes it.
+
+    Returns:
+        The result; it must not be changed.
+    """
+    if any(tensor.is_inference() for tensor in tensors):
+        return make()
+    place = (name, key, *(id(tensor) for tensor in tensors))
+    versions = tuple(tensor._version for tensor in tensors)  # noqa: SLF001 - torch has no other name for it
+    found = _entries.get(place)
+    if found is not None and found[0] == versions:
+        made: _Made = found[1]
+        return made
+
+    def forget(_dead: "weakref.ref[Tensor]") -> None:
+        _entries.pop(place, None)
+
+    made = make()
+    _entries[place] = (versions, made, [weakref.ref(tensor, forget) for tensor in tensors])
+    return made
