@@ -8,12 +8,12 @@ from typing import Any
 
 from ray import tune
 
-from dabnn.errors import DabError
+from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import RunFolder
 from jobs.record import FLUSH_TIMEOUT_S, leave_result, record_best, record_end, record_start
 from jobs.train import say
 from orchestrator import tracking
-from orchestrator.config import flatten, to_dict, with_overrides
+from orchestrator.config import alone, flatten, to_dict, to_yaml, with_overrides
 from orchestrator.config_search import Search
 from orchestrator.job import Job
 from orchestrator.search import trial_config
@@ -136,15 +136,18 @@ class TrialRecorder(tune.Callback):
         """Create the trial's child run; a tracker that is away is asked again at the trial's next report."""
         if trial.trial_id in self._children:
             return
-        config = with_overrides(trial_config(self._job.parsed_config()), _point(trial))
+        base, point = trial_config(self._job.parsed_config()), _point(trial)
+        try:
+            config = with_overrides(base, point)
+        except InvalidInputError:  # the trial meets it, too, and ends with it; an error here would end the sweep
+            config = None
         folder = trial_folder(self._job, trial.trial_id)
         name = f"{self._job.name}-t{self._numbers[trial.trial_id]:02d}"
         tags = {"dab.kind": "trial", "dab.folder": str(folder.root), "dab.job_id": self._job.job_id}
         uri, parent = self._job.tracking_uri, self._job.run_id
         try:
-            run_id = tracking.create_run(
-                uri, self._job.experiment, name, params=flatten(config), tags=tags, parent=parent
-            )
+            params = flatten(base) | point if config is None else flatten(config)
+            run_id = tracking.create_run(uri, self._job.experiment, name, params=params, tags=tags, parent=parent)
         except DabError as error:
             say(f"trial {name} is not in MLflow yet: {error}")
             return
@@ -155,9 +158,11 @@ class TrialRecorder(tune.Callback):
             name=name,
             folder=str(folder.root),
             attempt=1,
-            config=to_dict(config),
+            config=to_dict(base if config is None else config),
         )
-        child.save()
+        if config is not None:  # what cannot run is not resumed either
+            child.save()
+            (folder.root / "config.yaml").write_text(to_yaml(alone(config)))
         self._children[trial.trial_id] = child
         record_start(child)
         if self._follower is not None:

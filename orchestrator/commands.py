@@ -194,7 +194,7 @@ def after_sensitivity(data: dict[str, Any]) -> list[str]:
     """Return the command that trains with the plan that was written, or that writes it."""
     if data["file"] is None:
         return ["dab", "sensitivity", data["run_id"][:_SHORT_ID], "-o", "plan.yaml"]
-    changes = [f"name={json.dumps(data['name'] + '-plan')}", f"binarize.plan={data['file']}", *data["without"]]
+    changes = sensitivities.changes_for_plan(data, data["file"])
     return ["dab", "submit", data["config"], *(part for change in changes for part in ("--set", change))]
 
 

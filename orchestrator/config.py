@@ -15,8 +15,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from dabnn.errors import InvalidInputError
-from orchestrator.config_errors import invalid_config
-from orchestrator.config_rules import STAGE_TEACHER, check_config, check_name, check_written
+from orchestrator.config_errors import invalid_config, leaf_keys
+from orchestrator.config_rules import STAGE_TEACHER, check_config, check_name, check_written, unused
 from orchestrator.config_search import Scalar, Search
 from orchestrator.config_sections import (
     Binarize,
@@ -164,6 +164,16 @@ def with_files(
         if isinstance(binarize.get("plan"), str):
             binarize["plan"] = plan(f"{prefix}binarize.plan", binarize["plan"])
     return _validate(raw)
+
+
+def alone(config: Config) -> Config:
+    """Return what one run with `config` is, as a person may write it: no search, and no values that nothing looks at.
+
+    A run may carry those, as what the trials of a search share.
+    """
+    single = config.model_copy(update={"search": None})
+    fields = leaf_keys(Config)
+    return with_overrides(single, {key: fields[key].default for key in unused(single, [p for _, p in parts(single)])})
 
 
 def flatten(config: Config) -> dict[str, Scalar]:

@@ -201,17 +201,29 @@ def check_written(config: "Config", parts: Sequence["Config"]) -> None:
     Raises:
         ValueError: One line for each value without effect.
     """
-    problems = [problem for check in (_unused_epochs, _unused_decay, _teacher_stage) if (problem := check(config))]
+    problems = [problem for check in (_unused_epochs, _teacher_stage) if (problem := check(config))]
+    problems += unused(config, parts).values()
+    for position, (stage, part) in enumerate(zip(config.train.stages or (), parts, strict=bool(config.train.stages))):
+        problems += [f"train.stages[{position}].{problem}" for problem in _unused_in_stage(stage, part)]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def unused(config: "Config", parts: Sequence["Config"]) -> dict[str, str]:
+    """Return key -> problem for each value of the run's own, other than the default, that no part of it looks at."""
+    problems = {}
     for need in _NEEDS:
         if any(need.is_met(_value(part, need.selector)) for part in parts) or _is_searched(config, need.selector):
             continue
         for key in need.keys:
             if _is_searched(config, key) or _value(config, key) != leaf_keys(type(config))[key].default:
-                problems.append(need.problem(key, _value(config, need.selector)))
-    for position, (stage, part) in enumerate(zip(config.train.stages or (), parts, strict=bool(config.train.stages))):
-        problems += [f"train.stages[{position}].{problem}" for problem in _unused_in_stage(stage, part)]
-    if problems:
-        raise ValueError("\n".join(problems))
+                problems[key] = need.problem(key, _value(config, need.selector))
+    is_decayed = any(part.optim.weight_decay for part in parts) or _is_searched(config, "optim.weight_decay")
+    if config.optim.decay_all and not is_decayed:
+        problems["optim.decay_all"] = (
+            "optim.decay_all: has no effect with optim.weight_decay=0. Remove it, or set the weight decay."
+        )
+    return problems
 
 
 def _unused_in_stage(stage: "Stage", part: "Config") -> Iterator[str]:
@@ -230,15 +242,6 @@ def _unused_epochs(config: "Config") -> str | None:
     if stages is None or epochs in (total, leaf_keys(type(config))["train.epochs"].default):
         return None
     return f"train.epochs: {epochs}, but the stages take {total} epochs together. Leave it out."
-
-
-def _unused_decay(config: "Config") -> str | None:
-    decays = [config.optim, *(stage.optim for stage in config.train.stages or () if stage.optim is not None)]
-    if not config.optim.decay_all or any(optim.weight_decay for optim in decays):
-        return None
-    if _is_searched(config, "optim.weight_decay"):
-        return None
-    return "optim.decay_all: has no effect with optim.weight_decay=0. Remove it, or set the weight decay."
 
 
 def _teacher_stage(config: "Config") -> str | None:

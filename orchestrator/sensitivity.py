@@ -6,6 +6,7 @@ checkpoints and images, for instance with another budget, the command reads that
 
 import json
 import os
+import shlex
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,7 +23,8 @@ from dabnn.run_folder import read_json
 from dabnn.sensitivity import LayerFigures, Samples, is_binary
 from dabnn.spec import DataSpec
 from orchestrator.cluster import Cluster, job_client
-from orchestrator.config import Config
+from orchestrator.config import Config, load_config, to_dict
+from orchestrator.config_rules import STAGE_TEACHER
 from orchestrator.deliver import best_run
 from orchestrator.job import VARIABLE, Job
 from orchestrator.plan_file import write_plan
@@ -32,6 +34,7 @@ from orchestrator.submit import ensure_services, hand_over
 from orchestrator.tracking import RunRecord
 
 FILE = "sensitivity.json"
+_RANGES = ("bin_start", "bin_end", "layers")
 
 
 @dataclass(frozen=True)
@@ -134,10 +137,34 @@ def measure(
     return found | {
         "run_id": record.run_id,
         "name": record.name,
-        # A search stands for choices of the user's that a plan may contradict.
-        "config": str(root / "config.yaml") if config.search is None else "CONFIG",
-        "without": _without(config),
+        "config": _file_of(root),
+        "without": without(config),
+        "stages": None if config.train.stages is None else to_dict(config)["train"]["stages"],
     }
+
+
+def _file_of(root: Path) -> str:
+    """Return the configuration in a run's folder, or CONFIG where that is none of a single run, as older ones are."""
+    file = root / "config.yaml"
+    try:
+        return str(file) if load_config(file).search is None else "CONFIG"
+    except InvalidInputError:
+        return "CONFIG"
+
+
+def changes_for_plan(found: dict[str, Any], file: str) -> list[str]:
+    """Return the changes to the configuration of a measured run that make a run with the plan in `file` of it.
+
+    Args:
+        found: What `measure` returned.
+        file: Of a plan; it is for the last stage, where the run has stages, as that is the network that was measured.
+    """
+    name = f"name={json.dumps(found['name'] + '-plan')}"
+    if found["stages"] is None:
+        return [name, f"binarize.plan={file}", *found["without"]]
+    *before, last = found["stages"]
+    others = {key: value for key, value in (last.get("binarize") or {}).items() if key not in (*_RANGES, "inputs")}
+    return [name, f"train.stages={json.dumps([*before, last | {'binarize': others | {'plan': file}}])}"]
 
 
 def proposal(found: dict[str, Any], budget: Budget | None) -> Proposal:
@@ -165,11 +192,21 @@ def save_plan(file: Path, found: dict[str, Any], plan: Proposal) -> None:
     write_plan(file, {"binary_weights": plan.binary_weights, "binary_inputs": plan.binary_inputs}, comments=comments)
 
 
-def _without(config: Config) -> list[str]:
+def without(config: Config) -> list[str]:
     """Return the changes that take the run's own choice of layers out of its configuration."""
-    own = {key: getattr(config.binarize, key) for key in ("bin_start", "bin_end", "layers")}
-    changes = [f"binarize.{key}=null" for key, value in own.items() if value is not None]
+    changes = [f"binarize.{key}=null" for key in _RANGES if getattr(config.binarize, key) is not None]
     return changes if config.binarize.inputs == "model" else [*changes, "binarize.inputs=model"]
+
+
+def float_twin(config: Config, file: str) -> list[str]:
+    """Return the command that trains the float twin of a run, from its configuration and the file that holds it."""
+    distill = config.train.distill
+    whole = [] if config.train.stages is None else ["train.stages=null", f"train.epochs={config.train.epochs}"]
+    if whole and distill is not None and distill.teacher.startswith(STAGE_TEACHER):
+        whole.append("train.distill=null")
+    name = f"name={json.dumps(config.name + '-float')}"
+    changes = [name, "binarize.plan={weights: [], inputs: []}", *without(config), *whole]
+    return ["dab", "submit", file, *(word for change in changes for word in ("--set", change))]
 
 
 def _request(uri: str, record: RunRecord, twin: RunRecord | None, num_images: int) -> Request:
@@ -178,7 +215,8 @@ def _request(uri: str, record: RunRecord, twin: RunRecord | None, num_images: in
     checkpoint = best_checkpoint(folder.checkpoints)
     twin_checkpoint = None if twin is None else best_checkpoint(folder_of(twin).checkpoints)
     if twin is not None and twin_checkpoint is not None:
-        _check_twin(record, checkpoint, twin, twin_checkpoint)
+        command = shlex.join(float_twin(config, _file_of(folder.root)))
+        _check_twin(command, record, checkpoint, twin, twin_checkpoint)
     spec = train_spec(config)
     return Request(
         job_id=f"dab-{record.run_id[:16]}-s{uuid.uuid4().hex[:12]}",
@@ -193,20 +231,20 @@ def _request(uri: str, record: RunRecord, twin: RunRecord | None, num_images: in
     )
 
 
-def _check_twin(record: RunRecord, checkpoint: Checkpoint, twin: RunRecord, twin_checkpoint: Checkpoint) -> None:
+def _check_twin(
+    command: str, record: RunRecord, checkpoint: Checkpoint, twin: RunRecord, twin_checkpoint: Checkpoint
+) -> None:
     net, other = load_trained(checkpoint.path), load_trained(twin_checkpoint.path)
     if not is_binary(net):
         raise InvalidInputError(f"--twin: {record.name} is a float run and so its own twin. Leave the option out.")
     if is_binary(other):
         raise InvalidInputError(
-            f"--twin: {twin.name} has binary layers; the twin must be a float run: train one with "
-            "binarize.plan={weights: [], inputs: []}."
+            f"--twin: {twin.name} has binary layers; the twin must be a float run. Train one: {command}"
         )
     if _shape(net) != _shape(other):
         raise InvalidInputError(
             f"--twin: {twin.name} is a {other.spec.name} with other layers, images or classes than {record.name}, a "
-            f"{net.spec.name}. Train the twin with the same model and data, and "
-            "binarize.plan={weights: [], inputs: []}."
+            f"{net.spec.name}. Train one with the same model and data: {command}"
         )
     digests = [record.tags.get("dab.data_digest"), twin.tags.get("dab.data_digest")]
     if digests[0] != digests[1]:

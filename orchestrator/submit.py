@@ -13,7 +13,7 @@ from typing import Any
 from dabnn.errors import DabError, InvalidInputError
 from orchestrator import tracking
 from orchestrator.cluster import Cluster, client_env, ensure_cluster, job_client
-from orchestrator.config import Config, flatten, resolve_paths, to_dict, to_yaml
+from orchestrator.config import Config, alone, flatten, resolve_paths, to_dict, to_yaml
 from orchestrator.found_runs import checkpoint_of
 from orchestrator.home import home_folder
 from orchestrator.job import VARIABLE, Job
@@ -235,5 +235,5 @@ def _create_run(ready: Plan, uri: str, kind: str) -> Job:
     values: dict[str, Any] = to_dict(config)
     job = Job(kind, run_id, config.name, folder, uri, config.tracking.experiment, 1, values)
     job.save()
-    (Path(folder) / "config.yaml").write_text(to_yaml(config))
+    (Path(folder) / "config.yaml").write_text(to_yaml(config if kind == "sweep" else alone(config)))
     return job
