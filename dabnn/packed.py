@@ -129,8 +129,12 @@ class PackedModel:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the logits (N, num_classes) of normalized images (N, in_channels, input_size, input_size)."""
-        logits: Tensor = self.net(images)
+        """Return the logits (N, num_classes) of normalized images (N, in_channels, input_size, input_size).
+
+        The network runs channels-last, in which packed signs come and go without a transposition. Float layers round
+        differently there: the same logits, bit for bit, are those of the trained network on channels-last images.
+        """
+        logits: Tensor = self.net(images.contiguous(memory_format=torch.channels_last))
         return logits
 
     @property
@@ -254,7 +258,7 @@ def _assemble(
         net.set_submodule(path, form(layer, mask, alpha, beta))
     for path, (_, is_sign) in norms.items():
         net.set_submodule(path, _packed_norm(path, tensors, is_sign=is_sign))
-    net.eval().requires_grad_(False)
+    net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return PackedModel(net, net.spec, tensors, num_bytes, classes, normalization)
 
 

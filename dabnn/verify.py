@@ -134,7 +134,7 @@ def verify(net: Network, packed: PackedModel, batches: Iterable[Labelled]) -> Ve
     try:
         with _comparing_layers(net, packed, tally):
             for batch in batches:
-                images = batch.images.to(device)
+                images = batch.images.to(device, memory_format=torch.channels_last)  # as the packed model runs
                 tally.add_logits(net(images), packed(images), batch.labels.to(device))
     finally:
         net.train(was_training)
