@@ -302,7 +302,9 @@ class Stage(Section):
     binarize: Binarize | None = Field(default=None, description="keys of binarize that differ in this stage")
     optim: Optim | None = Field(default=None, description="keys of optim that differ in this stage")
     schedule: Schedule | None = Field(default=None, description="keys of schedule that differ in this stage")
-    label_smoothing: float | None = Field(default=None, ge=0, lt=1, description="label smoothing of this stage")
+    label_smoothing: float | None = Field(
+        default=None, ge=0, lt=1, description="label smoothing of this stage; null, written: none"
+    )
     kurtosis: Kurtosis | None = Field(default=None, description="kurtosis penalty of this stage; null, written: none")
     distill: Distill | None = Field(default=None, description="teacher of this stage; null, written: none")
 
