@@ -23,7 +23,7 @@ from dabnn.errors import DabError, InvalidInputError
 
 _MAX_OPEN_FILES = 128
 # A shard that the cache drops takes room until it is closed; opening one anew costs microseconds.
-_MAX_OPEN_CACHED = 4
+_MAX_OPEN_CACHED = 8
 
 
 def verify_sizes(root: Location | Path | str, split: Split) -> None:
@@ -100,6 +100,7 @@ class SampleReader:
         self._cache = cache or ShardCache(default_folder())
         self._prefetcher = Prefetcher(self._cache)
         self._indexes: dict[int, ShardIndex] = {}
+        self._places: dict[int, str] = {}
         self._files: OrderedDict[int, int] = OrderedDict()
         self._cached_files: OrderedDict[int, int] = OrderedDict()
 
@@ -171,7 +172,10 @@ class SampleReader:
         return np.searchsorted(self._starts, indices, side="right") - 1
 
     def _place(self, number: int) -> str:
-        return shard_place(self._root, self._shards[number])
+        place = self._places.get(number)
+        if place is None:
+            place = self._places[number] = shard_place(self._root, self._shards[number])
+        return place
 
     def _index_place(self, number: int) -> str:
         return self._root.child(index_path(Path(self._shards[number].name)).name)
