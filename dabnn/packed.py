@@ -1,11 +1,11 @@
 """Packed models: binary weights at one bit each, run on packed signs where the inputs are binary too.
 
 `pack` makes one from a trained network, `PackedModel.save` and `load_packed` keep it in a file (`dabnn.packed_file`),
-`dabnn.verify` compares it with the network. Left out: training, and packed activations from one layer to the next.
+`dabnn.verify` compares it with the network. It runs in the form that `dabnn.fusion` gives it. Left out: training.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dabnn import packed_file
-from dabnn.activations import input_code
 from dabnn.errors import InvalidInputError
+from dabnn.fusion import fuse
 from dabnn.layers import BinaryConv2d
 from dabnn.models import ModelSpec, Network, build
 from dabnn.models.folding import SignThreshold, find_threshold, fold, sign_norms, unfold
 from dabnn.models.table import float_bytes
+from dabnn.packed_conv import PackedConv2d
 from dabnn.quantizers import expand
-from kernels import pack_signs, packed_conv2d
 
 # Of a layer with binary weights: what its bits, alpha and beta stand for.
 _REPLACED = ("weight", "alpha", "beta", "threshold")
@@ -28,68 +28,6 @@ _REPLACED = ("weight", "alpha", "beta", "threshold")
 _NEVER_HALF = "input_shift"
 # Of a `SignThreshold`: a channel whose sign turns beyond the range of float16 has one sign for every input there.
 _ANY_SIZE = ".threshold"
-
-
-class PackedConv2d(nn.Module):
-    """A convolution of sign inputs with two-valued filters held as bits, for inference only.
-
-    Computes what `dabnn.layers.BinaryConv2d` computes in evaluation, operation for operation, on packed bits (see
-    `kernels.packed_conv2d`), for every input quantizer. Input (N, C, H, W) of any floating type, output (N, F, H', W')
-    in that type.
-
-    Attributes:
-        weight_bits: (F, kh, kw, ceil(C / 32)) int32.
-        alpha: (F,) float32.
-        beta: (F,) float32.
-        bias: (F,) float32, or None.
-        input_shift: (C,) float32 with rsign inputs, else None.
-    """
-
-    weight_bits: Tensor
-    alpha: Tensor
-    beta: Tensor
-    bias: Tensor | None
-    input_shift: Tensor | None
-
-    def __init__(self, layer: BinaryConv2d, mask: Tensor, alpha: Tensor, beta: Tensor) -> None:
-        """Take geometry and bias from `layer`, the filters from mask (F, C, kh, kw), alpha (F,) and beta (F,)."""
-        super().__init__()
-        if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
-            raise InvalidInputError(
-                f"binarize.inputs: a layer with groups={layer.groups}, dilation={layer.dilation} and padding "
-                f"{layer.padding_mode} has no packed form, which takes groups 1, dilation 1 and zeros. "
-                "Give that layer real inputs."
-            )
-        self.in_channels = layer.in_channels
-        self.stride = (layer.stride[0], layer.stride[1])
-        self.padding = (int(layer.padding[0]), int(layer.padding[1]))
-        self.register_buffer("weight_bits", pack_signs(torch.where(mask, 1.0, -1.0)))
-        self.register_buffer("alpha", alpha)
-        self.register_buffer("beta", beta)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
-        self.register_buffer("input_shift", None if layer.input_shift is None else layer.input_shift.detach())
-        self.input_quantizer = layer.options.input_quantizer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of the binary form of x (N, C, H, W)."""
-        code = input_code(x.float(), self.input_quantizer, self.input_shift)
-        if code.scale is None or code.offset is None:
-            return self._convolve(code.real, self.bias).to(x.dtype)
-        y = code.scale * self._convolve(code.real, None)
-        y = y + code.offset * self._convolve(torch.ones_like(code.real[:1]), None)
-        return (y if self.bias is None else y + self.bias.view(-1, 1, 1)).to(x.dtype)
-
-    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return packed_conv2d(
-            pack_signs(x),
-            self.weight_bits,
-            self.alpha,
-            self.beta,
-            bias,
-            in_channels=self.in_channels,
-            stride=self.stride,
-            padding=self.padding,
-        )
 
 
 @dataclass(frozen=True)
@@ -126,6 +64,7 @@ class PackedModel:
     float_bytes: int
     classes: tuple[str, ...] | None = None
     normalization: Normalization | None = None
+    _fused: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
@@ -134,8 +73,16 @@ class PackedModel:
         The network runs channels-last, in which packed signs come and go without a transposition. Float layers round
         differently there: the same logits, bit for bit, are those of the trained network on channels-last images.
         """
-        logits: Tensor = self.net(images.contiguous(memory_format=torch.channels_last))
+        logits: Tensor = self.running()(images.contiguous(memory_format=torch.channels_last))
         return logits
+
+    def running(self) -> Network:
+        """Return the form in which the network runs (`dabnn.fusion`), on the device where it is."""
+        device = next(self.net.parameters()).device
+        if self._fused.get("device") != device:
+            self._fused.update(device=device, net=fuse(self.net))
+        net: Network = self._fused["net"]
+        return net
 
     @property
     def is_half(self) -> bool:
@@ -258,7 +205,8 @@ def _assemble(
         net.set_submodule(path, form(layer, mask, alpha, beta))
     for path, (_, is_sign) in norms.items():
         net.set_submodule(path, _packed_norm(path, tensors, is_sign=is_sign))
-    net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    net.eval().requires_grad_(False)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch declares it for Module only
     return PackedModel(net, net.spec, tensors, num_bytes, classes, normalization)
 
 

@@ -130,12 +130,15 @@ def verify(net: Network, packed: PackedModel, batches: Iterable[Labelled]) -> Ve
     packed.net.to(device)
     was_training = net.training
     net.eval()
+    running = packed.running()
     tally = _Tally(wrong_layers=_wrong_masks(net, packed))
     try:
         with _comparing_layers(net, packed, tally):
             for batch in batches:
                 images = batch.images.to(device, memory_format=torch.channels_last)  # as the packed model runs
-                tally.add_logits(net(images), packed(images), batch.labels.to(device))
+                logits = net(images)
+                packed.net(images)  # as it is before fusion, which gives the same bits: its layers can be looked at
+                tally.add_logits(logits, running(images), batch.labels.to(device))
     finally:
         net.train(was_training)
     if not tally.num_samples:

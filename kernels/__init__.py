@@ -9,11 +9,12 @@ from kernels.conv import packed_conv2d, packed_conv2d_signs
 from kernels.dab import dab_threshold, quantize_dab
 from kernels.dab_warm import dab_threshold_warm
 from kernels.dense import two_valued
-from kernels.packing import pack_signs, unpack_signs
+from kernels.packing import pack_reached, pack_signs, unpack_signs
 
 __all__ = [
     "dab_threshold",
     "dab_threshold_warm",
+    "pack_reached",
     "pack_signs",
     "packed_conv2d",
     "packed_conv2d_signs",

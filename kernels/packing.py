@@ -51,6 +51,47 @@ def pack_signs(x: Tensor) -> Tensor:
     return bits
 
 
+def pack_reached(x: Tensor, threshold: Tensor, falls: Tensor) -> Tensor:
+    """Packs one bit of each value: (x >= threshold) xor falls, each of them by channel.
+
+    That is the sign of a batch normalisation of x, without ever writing it. No gradient. CPU tensors go to Numba, all
+    others to the reference.
+
+    Args:
+        x: (N, C, H, W), a floating type.
+        threshold: (C,) of the same type; -inf for always, inf for never.
+        falls: (C,) bool.
+
+    Returns:
+        (N, H, W, ceil(C / 32)) int32 in the bit order of this module; NaN reaches no threshold.
+
+    Raises:
+        TypeError: a tensor has another type than stated.
+        ValueError: x has not four dimensions, or threshold or falls have not one value a channel.
+    """
+    if not x.is_floating_point() or threshold.dtype != x.dtype or falls.dtype != torch.bool:
+        raise TypeError(
+            f"x: {x.dtype} with a threshold of {threshold.dtype} and falls of {falls.dtype}; give x and threshold in "
+            "one floating type, falls in bool"
+        )
+    if x.dim() != 4 or threshold.shape != (x.shape[1],) or falls.shape != (x.shape[1],):
+        raise ValueError(
+            f"x: shape {tuple(x.shape)} with thresholds {tuple(threshold.shape)} and falls {tuple(falls.shape)}; "
+            "pack_reached takes (N, C, H, W), (C,) and (C,)"
+        )
+    if is_plain_cpu(x):
+        return _pack_reached_cpu(x.detach(), threshold, falls)
+    bits: Tensor = torch.ops.dab.pack_reached(x.detach(), threshold, falls)
+    return bits
+
+
+def pack_reached_reference(x: Tensor, threshold: Tensor, falls: Tensor) -> Tensor:
+    """Plain-torch `pack_reached`, on any device that has `pack_signs`."""
+    is_upper = (x >= threshold.view(-1, 1, 1)) ^ falls.view(-1, 1, 1)
+    bits: Tensor = torch.ops.dab.pack_signs(torch.where(is_upper, 1.0, -1.0))
+    return bits
+
+
 def is_plain_cpu(x: Tensor) -> bool:
     """Returns whether a CPU kernel may be called without torch's dispatcher, which costs as much as a small layer.
 
@@ -111,6 +152,20 @@ def _pack_signs_cpu(x: Tensor) -> Tensor:
     return bits
 
 
+def _pack_reached_cpu(x: Tensor, threshold: Tensor, falls: Tensor) -> Tensor:
+    if not has_numba():
+        return pack_reached_reference(x, threshold, falls)
+    from kernels import packing_numba
+
+    bits = _empty_bits(x)
+    packing_numba.launch_reached(x, threshold, falls, bits)
+    return bits
+
+
+def _empty_reached(x: Tensor, threshold: Tensor, falls: Tensor) -> Tensor:  # noqa: ARG001  (as the operator's)
+    return _empty_bits(x)
+
+
 def _pack_signs_cuda(x: Tensor) -> Tensor:
     from kernels import packing_triton
 
@@ -125,3 +180,7 @@ torch.library.impl("dab::pack_signs", "CompositeExplicitAutograd", pack_signs_re
 torch.library.impl("dab::pack_signs", "CPU", _pack_signs_cpu)
 torch.library.impl("dab::pack_signs", "CUDA", _pack_signs_cuda)
 torch.library.register_fake("dab::pack_signs", _empty_bits)
+torch.library.define("dab::pack_reached", "(Tensor x, Tensor threshold, Tensor falls) -> Tensor")
+torch.library.impl("dab::pack_reached", "CompositeExplicitAutograd", pack_reached_reference)
+torch.library.impl("dab::pack_reached", "CPU", _pack_reached_cpu)
+torch.library.register_fake("dab::pack_reached", _empty_reached)

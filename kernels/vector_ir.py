@@ -62,18 +62,20 @@ def _mask_word(builder: ir.IRBuilder, halves: Sequence[Any]) -> Any:
     return builder.or_(low, builder.shl(high, ir.Constant(_I32, _LANES)))
 
 
-def _build_signs(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
-    zero = ir.Constant(_FLOATS, None)
+def _build_reached(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
     halves = []
     for vector in range(2):
-        values = _load(builder, builder.add(arguments[0], _constant(vector * _VECTOR_BYTES)), _FLOATS)
-        halves.append(builder.fcmp_ordered(">=", values, zero))
+        values, least = (_vector(builder, address, 0, vector) for address in arguments)
+        halves.append(builder.fcmp_ordered(">=", values, least))
     return _mask_word(builder, halves)
 
 
-def _type_signs(_typing: Any, _values: Any) -> Any:
-    """`signs_of_32(address)` is the uint32 with bit i set where float32 number i from the address on is >= 0."""
-    return types.uint32(_address), _build_signs
+def _type_reached(_typing: Any, _values: Any, _thresholds: Any) -> Any:
+    """`reached_of_32(values, thresholds)` is the uint32 with bit i set where value i >= threshold i, both float32.
+
+    Both are addresses.
+    """
+    return types.uint32(_address, _address), _build_reached
 
 
 def _type_ones(_typing: Any, _word: Any) -> Any:
@@ -207,6 +209,6 @@ def _type_tile(
 
 
 # Numba gives these no types.
-signs_of_32: Any = intrinsic(_type_signs)
+reached_of_32: Any = intrinsic(_type_reached)
 count_ones: Any = intrinsic(_type_ones)
 convolve_tile: Any = intrinsic(_type_tile)

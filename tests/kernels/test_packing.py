@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels
-from kernels import numba_threads, pack_signs, packing_numba, packing_triton, unpack_signs
+from kernels import numba_threads, pack_reached, pack_signs, packing_numba, packing_triton, unpack_signs
 from kernels.packing import pack_signs_reference
 
 SIZES = [1, 31, 32, 33, 63, 100]
@@ -131,3 +131,27 @@ def test_numba_uses_torchs_number_of_threads_and_restores_its_own():
         assert numba.get_num_threads() == before
     finally:
         torch.set_num_threads(torch_before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels", SIZES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_reached_thresholds_are_packed_by_channel(channels, dtype, memory_format):
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randn(2, channels, 5, 7, generator=generator, dtype=dtype).to(memory_format=memory_format)
+    threshold = x[0, :, 2, 3].clone()  # a value that occurs, so that equality is tried
+    threshold[::5], threshold[2::5] = torch.inf, -torch.inf
+    x[1, :, 0, 0] = torch.nan
+    falls = torch.arange(channels) % 3 == 0
+    upper = (x >= threshold.view(-1, 1, 1)) ^ falls.view(-1, 1, 1)
+    expected = pack_signs(torch.where(upper, 1.0, -1.0))
+    assert torch.equal(pack_reached(x, threshold, falls), expected)
+    assert torch.equal(torch.ops.dab.pack_reached(x, threshold, falls), expected)
+
+
+def test_thresholds_that_do_not_fit_the_channels_are_refused():
+    x, falls = torch.zeros(1, 3, 2, 2), torch.zeros(3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="x: shape"):
+        pack_reached(x, torch.zeros(4), falls)
+    with pytest.raises(TypeError, match="floating type"):
+        pack_reached(x, torch.zeros(3, dtype=torch.float64), falls)
