@@ -40,9 +40,8 @@ def space_problems(config: "Config", search: "Search", rules: Sequence["Rule"]) 
     problems = [problem for key, domain in search.space.items() if (problem := _axis_problem(config, key, domain))]
     if not problems:
         problems = [problem for rule in rules if (problem := _space_problem(config, search, rule))]
-    problems += [problem for check in (_objective, _grid) if (problem := check(search))]
-    problems += _stages_in_search(config, search)
-    return problems
+        problems += _stages_in_search(config, search)
+    return problems + [problem for check in (_objective, _grid) if (problem := check(search))]
 
 
 def _stages_in_search(config: "Config", search: "Search") -> Iterator[str]:
@@ -55,12 +54,9 @@ def _stages_in_search(config: "Config", search: "Search") -> Iterator[str]:
             f"search.early_stop: {search.early_stop} would end trials in an early stage, whose accuracy says little of "
             "the last one's, and rank them by it. Write none."
         )
-    for key in search.space:
-        section, _, leaf = key.partition(".")
-        sections = [getattr(stage, section, None) for stage in config.train.stages]
-        if key == "train.epochs" or all(
-            written is not None and leaf in written.model_fields_set for written in sections
-        ):
+    for key, domain in search.space.items():
+        trials = [_with_values(config, {key: value}) for value in domain.values]
+        if all(_staged(trial) == _staged(trials[0]) for trial in trials):
             yield f"{SPACE}.{key}: each stage in train.stages sets its own, so trials would not differ. Remove it."
 
 
@@ -92,15 +88,16 @@ def _space_problem(config: "Config", search: "Search", rule: "Rule") -> str | No
     axes = [key for key in rule.keys if key in search.space]
     for point in points(search, axes) if axes else ():
         trial = _with_values(config, point)
-        for where, part in (("", trial), *_staged(trial)):
+        for where, part in [("", trial), *_staged(trial)]:
             if problem := rule.problem(part):
                 return point_problem(point, where + problem)
     return None
 
 
-def _staged(config: "Config") -> Iterator[tuple[str, "Config"]]:
-    for position, stage in enumerate(config.train.stages or ()):
-        yield place(position, stage), overlaid(config, stage)
+def _staged(config: "Config") -> list[tuple[str, "Config"]]:
+    return [
+        (place(position, stage), overlaid(config, stage)) for position, stage in enumerate(config.train.stages or ())
+    ]
 
 
 def point_problem(point: Mapping[str, Any], problem: str) -> str:
@@ -169,9 +166,13 @@ def _samples(domain: "Domain") -> tuple[Any, ...]:
 def _with_values(config: "Config", values: Mapping[str, Any]) -> "Config":
     """Return an unvalidated copy of `config` with leaves of its sections replaced."""
     for key, value in values.items():
-        section, _, leaf = key.rpartition(".")
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update={leaf: value})})
+        config = _replaced(config, key.split("."), value)
     return config
+
+
+def _replaced(section: Any, path: Sequence[str], value: Any) -> Any:
+    first, *rest = path
+    return section.model_copy(update={first: _replaced(getattr(section, first), rest, value) if rest else value})
 
 
 def _objective(search: "Search") -> str | None:

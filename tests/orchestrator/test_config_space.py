@@ -69,7 +69,7 @@ def test_a_point_that_breaks_a_rule_is_refused(space: dict[str, Any], overrides:
     [
         ({"binarize.inputs": {"choice": ["model", "none"]}}, []),
         ({"binarize.bin_end": {"int": [2, 7]}}, [stages({"binarize": {"bin_start": 2}})]),
-        ({"binarize.bin_end": {"int": [1, 7]}}, [stages({"binarize": {"layers": [2]}})]),
+        ({"binarize.bin_end": {"int": [1, 7]}}, [stages({"binarize": {"layers": [2]}}, {})]),
         ({"schedule.warmup_epochs": {"float": [0, 8]}}, [stages({"schedule": {"warmup_epochs": 1}}, {"epochs": 9})]),
     ],
 )
@@ -78,6 +78,19 @@ def test_every_point_of_a_space_that_is_taken_is_a_configuration(space: dict[str
     assert config.search is not None
     for point in points(config.search, list(space)):
         assert with_overrides(config.model_copy(update={"search": None}), point).search is None
+
+
+@pytest.mark.parametrize(
+    ("key", "written"),
+    [
+        ("train.epochs", {}),
+        ("optim.weight_decay", {"optim": {"weight_decay": 0.1}}),
+        ("binarize.bin_end", {"binarize": {"layers": [2]}}),
+    ],
+)
+def test_a_key_that_every_stage_sets_is_not_searched(key: str, written: dict[str, Any]) -> None:
+    message = refusal({key: {"int": [2, 3]}}, stages(written, written))
+    assert message.startswith(f"search.space.{key}: each stage in train.stages sets its own")
 
 
 def test_milestones_beyond_the_epochs_of_a_trial_are_refused() -> None:
