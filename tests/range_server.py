@@ -38,10 +38,10 @@ class RangeServer:
         secret: str = "",
     ) -> None:
         self.log = scratch / "requests.log"
+        self.actions = {name: list(found) for name, found in (actions or {}).items()}
         self._settings = {
             "root": str(root),
             "log": str(self.log),
-            "actions": {name: list(found) for name, found in (actions or {}).items()},
             "has_ranges": has_ranges,
             "secret": secret,
         }
@@ -52,7 +52,7 @@ class RangeServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, __file__, json.dumps(self._settings | {"port": self.port})]
+        command = [sys.executable, __file__, json.dumps(self._settings | {"port": self.port, "actions": self.actions})]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"up\n"

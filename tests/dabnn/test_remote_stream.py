@@ -3,9 +3,9 @@
 import logging
 import shutil
 import threading
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from image_tree import write_tree
@@ -14,6 +14,7 @@ from range_server import KEY_ID, RangeServer
 from dabnn.data import Batch, build_dataset, load_manifest, open_stream
 from dabnn.data.manifest import MANIFEST_NAME, write_manifest
 from dabnn.data.reader import SampleReader
+from dabnn.data.remote import Patience, StoppedError
 from dabnn.data.shard_cache import ShardCache
 from dabnn.errors import DabError, InvalidInputError
 
@@ -100,27 +101,50 @@ def test_what_waiting_mends_is_waited_for(data: Path, tmp_path: Path, cache: Sha
         assert len(server.requests(SHARD)) == 4
 
 
-def test_a_server_that_is_down_in_mid_epoch_is_waited_for(
-    data: Path, tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("dabnn.data.remote._TELL_EVERY_S", 0.5)
-    monkeypatch.setattr("dabnn.data.reader.Prefetcher.want", lambda *_: None)  # so that shards are left to fetch
+def test_a_server_that_is_down_in_mid_epoch_is_waited_for(data: Path, tmp_path: Path, cache: ShardCache) -> None:
+    arguments = {"batch_size": 12, "seed": 3, "window": 20}
+    expected = list(open_stream(data, "train", **arguments).epoch(0))
+    shards = load_manifest(data).splits["train"].shards
+    ends = np.cumsum([shard.num_samples for shard in shards])
+    first = {shards[number].name for number in np.searchsorted(ends, expected[0].indices.numpy(), side="right")}
+    # Until it is stopped, the server has the shards of the first batch only.
+    busy = {shard.name: ["503*"] for shard in shards if shard.name not in first}
+    assert busy
     with (
-        RangeServer(data, tmp_path) as server,
-        caplog.at_level(logging.WARNING),
-        open_stream(server.url, "train", batch_size=12, seed=3, window=20, cache=cache) as stream,
-        open_stream(data, "train", batch_size=12, seed=3, window=20) as expected,
+        RangeServer(data, tmp_path, busy) as server,
+        open_stream(server.url, "train", cache=cache, **arguments) as stream,
     ):
         batches = stream.epoch(0)
         found = [next(batches)]
         server.stop()
-        back = threading.Timer(3.0, server.start)
+        server.actions.clear()
+        back = threading.Timer(2.0, server.start)
         back.start()
-        began = time.monotonic()
         found += list(batches)
-        assert time.monotonic() - began > 1.0
         back.join()
-        assert_same(found, list(expected.epoch(0)))
+        assert_same(found, expected)
+
+
+def test_a_wait_is_told_once_for_all_that_wait_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    one, other = (Patience(f"http://host/{name}", 60.0, tell_every_s=0.01) for name in ("a", "b"))
+    for patience in (one, other, one, other):
+        patience.pause("a reason of this test", at_most=0.02)
+    one.progress()
+    other.progress()
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0].startswith("waiting for http://host/")
+    assert any(line.endswith("s without progress, gives up after 60") for line in told)
+    assert told[-1].partition(": ")[2].startswith("goes on after")
+
+
+def test_a_wait_ends_when_it_is_wanted_no_more() -> None:
+    stop = threading.Event()
+    patience = Patience("http://host/a", 60.0, stop)
+    stop.set()
+    with pytest.raises(StoppedError):
+        patience.pause("a reason")
+    with pytest.raises(StoppedError):
+        patience.progress()
 
 
 def test_a_server_that_stays_away_is_given_up_with_a_reason(data: Path, tmp_path: Path) -> None:
