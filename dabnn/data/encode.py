@@ -71,7 +71,7 @@ class Encoding:
         options: dict[str, Any] = {} if wanted in _LOSSLESS else {"quality": self.quality}
         try:
             image.save(buffer, wanted.upper(), **options)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"cannot be written as {wanted}: {error}") from error
         return buffer.getvalue()
 
