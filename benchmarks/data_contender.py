@@ -68,12 +68,12 @@ class Task:
 def open_dab(root: Path, task: Task, *, decoded: bool) -> Callable[[int], "Epoch"]:
     """Our stream; it reads ahead beyond the end of an epoch, which is undone here by leaving one out."""
     from dabnn.data import open_stream
+    from dabnn.data.shard_cache import ShardCache
     from dabnn.data.transforms import make_transform
 
     transform = make_transform(
         task.transform, input_size=task.size, in_channels=task.channels, mean=task.mean, std=task.std, training=True
     )
-    more: dict[str, Any] = {"decoded_cache_bytes": 2**32} if decoded else {}
     stream = open_stream(
         root / "shards",
         "train",
@@ -81,7 +81,8 @@ def open_dab(root: Path, task: Task, *, decoded: bool) -> Callable[[int], "Epoch
         num_loaders=NUM_LOADERS,
         transform=transform,
         remainder="drop",
-        **more,
+        cache=ShardCache(root / "cache" / "shards"),
+        decoded_bytes=2**32 if decoded else 0,
     )
     return lambda number: ((batch.images, batch.labels) for batch in stream.epoch(2 * number))
 
