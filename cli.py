@@ -339,9 +339,7 @@ def export(
 @app.command("evaluate", epilog="Example: dab evaluate model.safetensors --data digits")
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN-or-FILE", help="A run, or a packed model.")],
-    data: Annotated[
-        str | None, typer.Option(metavar="URL", help="Folder or URL of the dataset; its split val is used.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="URL", help="Folder or URL whose split val is used.")] = None,
     ten_crop: Annotated[
         bool | None,
         typer.Option(
