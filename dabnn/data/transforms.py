@@ -102,8 +102,9 @@ class Transform:
 
     def parts(self, draws: Draws) -> list[list[float]]:
         """Returns for each sample the random numbers that `fit` takes: none, where it is not random."""
-        has_part = self.augmentation is not None and self.augmentation.has_part
-        numbers: list[list[float]] = draws.uniform(Purpose.PART, _PART_NUMBERS if has_part else 0).tolist()
+        if self.augmentation is None or not self.augmentation.has_part:
+            return [[]] * len(draws.indices)
+        numbers: list[list[float]] = draws.uniform(Purpose.PART, _PART_NUMBERS).tolist()
         return numbers
 
     def fit(self, image: "Image", numbers: Sequence[float]) -> "Image":
