@@ -9,8 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dabnn.checkpoints import load_state
 from dabnn.data import Manifest, load_manifest
 from dabnn.data.location import Location
@@ -18,7 +16,7 @@ from dabnn.data.reader import verify_sizes
 from dabnn.data.remote import is_url, shown
 from dabnn.errors import InvalidInputError
 from dabnn.learner import checkpoint_bytes
-from dabnn.models import ModelTable, Network, build, outline
+from dabnn.models import ModelTable, Network, outline, skeleton
 from dabnn.options import LayerOptions
 from dabnn.schedules import Schedule
 from dabnn.spec import (
@@ -128,7 +126,7 @@ def _plan_of(field: str, file: str) -> dict[str, Any]:
 def check_networks(config: Config, files: Sequence[object] = (), load: LoadState = load_state) -> None:
     """Refuse a run one of whose networks cannot be built, or does not fit the weights that it would get from elsewhere.
 
-    The networks are built on torch's device meta, without their memory.
+    The networks are built without their memory.
 
     Args:
         config: With plans and files of weights filled in.
@@ -142,7 +140,7 @@ def check_networks(config: Config, files: Sequence[object] = (), load: LoadState
     for position, stage in enumerate(train_spec(config).parts):
         where = place(position, config.train.stages[position]) if config.train.stages else ""
         try:
-            nets.append(_network(stage))
+            nets.append(skeleton(**stage.model))
             _check_teacher(stage, nets[-1], load)
         except InvalidInputError as error:
             file = files[position] if position < len(files) else None
@@ -154,17 +152,11 @@ def check_networks(config: Config, files: Sequence[object] = (), load: LoadState
         check_transfer(_loaded("train.init_from", config.train.init_from, load), nets[0], source)
 
 
-def _network(stage: StageSpec) -> Network:
-    with torch.device("meta"):
-        return build(**stage.model)
-
-
 def _check_teacher(stage: StageSpec, net: Network, load: LoadState) -> None:
     distill = stage.loss.distill
     if distill and not distill.teacher.startswith(STAGE_TEACHER):
         state = _loaded("train.distill.teacher", distill.teacher, load)
-        with torch.device("meta"):
-            check_teacher(build(**state["model"]).spec, net.spec, distill.teacher)
+        check_teacher(skeleton(**state["model"]).spec, net.spec, distill.teacher)
 
 
 def _loaded(field: str, file: str, load: LoadState) -> dict[str, Any]:

@@ -5,7 +5,7 @@ One file a family (a real architecture and its variants), `blocks` to lay them o
 """
 
 from dabnn.models.network import ModelSpec, Network
-from dabnn.models.table import LayerRow, ModelTable, describe, outline
+from dabnn.models.table import LayerRow, ModelTable, describe, outline, skeleton
 from dabnn.models.zoo import build, names
 
-__all__ = ["LayerRow", "ModelSpec", "ModelTable", "Network", "build", "describe", "names", "outline"]
+__all__ = ["LayerRow", "ModelSpec", "ModelTable", "Network", "build", "describe", "names", "outline", "skeleton"]

@@ -119,8 +119,13 @@ def describe(net: Network) -> ModelTable:
 
 def outline(name: str, **options: Any) -> ModelTable:
     """Return the table of the network that `build(name, **options)` would return, without its memory."""
+    return describe(skeleton(name, **options))
+
+
+def skeleton(name: str, **options: Any) -> Network:
+    """Return the network that `build(name, **options)` would return on torch's device meta: shapes without memory."""
     with torch.device("meta"):
-        return describe(build(name, **options))
+        return build(name, **options)
 
 
 def float_bytes(net: nn.Module) -> int:
