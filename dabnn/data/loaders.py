@@ -208,7 +208,9 @@ def _start_server(server: Future[None], modules: tuple[str, ...]) -> None:
         first = context.Process(target=_do_nothing, daemon=True)
         first.start()  # waits for the imports
         first.join()
-    except OSError as error:
+        if first.exitcode:
+            raise ChildProcessError(f"the first one ended with code {first.exitcode}")
+    except BaseException as error:  # noqa: BLE001 - carried to whoever wants a loader
         server.set_exception(error)
     else:
         server.set_result(None)

@@ -2,8 +2,9 @@
 
     python nursery.py    reads one JSON request a line from stdin, answers with one JSON line on stdout
 
-Each child is `python -m dabnn.train SPEC FOLDER` as torchrun starts it, except that the server which its loaders are
-forked from is the one of this process, unless the request says otherwise, and that it writes down what it reads.
+Each child is `python -m dabnn.train FOLDER/spec.json FOLDER` as torchrun starts it, except that the server which its
+loaders are forked from is the one of this process, unless the request says otherwise, and that it writes down what it
+reads. Rank n reads `spec-n.json` where there is one, as if it were on a machine that has other files.
 """
 
 import json
@@ -61,7 +62,8 @@ def run_rank(request: dict[str, Any], rank: int) -> None:
         # It is running, but is no child of this process, which is how it would find out.
         vars(forkserver._forkserver)["ensure_running"] = lambda: None
     record_samples(folder / "samples.jsonl", request["launch"])
-    sys.argv = ["dabnn.train", str(folder / "spec.json"), str(folder)]
+    own = folder / f"spec-{rank}.json"
+    sys.argv = ["dabnn.train", str(own if own.exists() else folder / "spec.json"), str(folder)]
     train.main()
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -137,11 +138,8 @@ def newest_step(folder: Path) -> int:
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
-def kill_at_random(folder: Path, pids: list[int], moment: random.Random) -> str:
-    """SIGKILL the ranks in any order, after a number of new checkpoints and a while; return when that was."""
-    steps, delay_s = 3 * moment.randrange(5), moment.uniform(0, 0.08)
-    if not steps:
-        delay_s *= 8  # building, restoring, the first batches
+def kill_after(folder: Path, pids: list[int], steps: int, delay_s: float = 0.0, gap_s: float = 0.0) -> int:
+    """SIGKILL the ranks in this order, some new checkpoints and a while later; return the step that they began at."""
     begun, before = time.monotonic(), newest_step(folder)
     while newest_step(folder) < before + steps:
         is_waiting = time.monotonic() < begun + 120
@@ -149,9 +147,18 @@ def kill_at_random(folder: Path, pids: list[int], moment: random.Random) -> str:
             pytest.fail((folder / "log.txt").read_text()[-3000:])
         time.sleep(0.002)
     time.sleep(delay_s)
-    for pid in moment.sample(pids, len(pids)):
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
-        time.sleep(moment.choice([0, 0.02]))
+        time.sleep(gap_s)
+    return before
+
+
+def kill_at_random(folder: Path, pids: list[int], moment: random.Random) -> str:
+    """Kill the ranks at a random moment; return when that was."""
+    steps, delay_s = 3 * moment.randrange(5), moment.uniform(0, 0.08)
+    if not steps:
+        delay_s *= 8  # building, restoring, the first batches
+    before = kill_after(folder, moment.sample(pids, len(pids)), steps, delay_s, moment.choice([0, 0.02]))
     return f"{len(pids)} workers from step {before} on: {steps} steps and {delay_s:.3f} s later"
 
 
@@ -183,3 +190,32 @@ def test_killed_at_random_moments_each_epoch_sees_each_sample_once_in_the_undist
     assert len(set(found.orders)) == NUM_EPOCHS
     if len(workers) == 1:
         assert found.weights_sha256 == expected[workers[0]].weights_sha256
+
+
+def test_a_shard_missing_on_the_machine_of_one_worker_ends_all_of_them_with_its_name(
+    nursery: Nursery, spec: TrainSpec, tmp_path: Path
+) -> None:
+    elsewhere = Path(shutil.copytree(spec.data.train, tmp_path / "elsewhere"))
+    shard = max(elsewhere.glob("train-*.tar"))
+    shard.unlink()
+    folder = prepare(spec, tmp_path / "run")
+    other = replace(spec, data=replace(spec.data, train=str(elsewhere), val=str(elsewhere)))
+    (folder / "spec-1.json").write_text(json.dumps(other.to_dict()))
+    assert 0 not in nursery.wait(nursery.start(folder, 2))
+    result = RunFolder(folder).result()
+    assert result["status"] == "failed"
+    assert result["message"].startswith(f"rank 1: {shard}: missing; ")
+
+
+def test_in_mid_epoch_a_run_does_not_go_on_with_other_steps(nursery: Nursery, spec: TrainSpec, tmp_path: Path) -> None:
+    folder = prepare(spec, tmp_path / "run")
+    pids = nursery.start(folder, 1)
+    kill_after(folder, pids, 3)
+    nursery.wait(pids)
+    other = replace(spec, data=replace(spec.data, batch_size=64))
+    (folder / "spec.json").write_text(json.dumps(other.to_dict()))
+    assert nursery.wait(nursery.start(folder, 1)) != [0]
+    message = RunFolder(folder).result()["message"]
+    assert message.startswith(
+        "rank 0: data.batch_size: 64, but the run is in the middle of an epoch that began with 32"
+    )
