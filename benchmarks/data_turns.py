@@ -60,7 +60,7 @@ class Contender:
 
     def close(self) -> None:
         """Ends the process and those that it started."""
-        started = self.processes()
+        started = self.processes() if self._process.poll() is None else []
         self._process.communicate()
         for process in psutil.wait_procs(started, timeout=10)[1]:
             process.kill()
