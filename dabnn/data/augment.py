@@ -94,7 +94,7 @@ def shift(pixels: NDArray[np.uint8], padding: int, numbers: NDArray[np.float64])
     top, left = (numbers * (2 * padding + 1)).astype(np.int64).T
     # Rows as they lie in memory, channels included, so that they are copied whole.
     windows = sliding_window_view(
-        padded.reshape(num, -1, (width + 2 * padding) * channels), (height, width * channels), (1, 2)
+        padded.reshape(num, height + 2 * padding, (width + 2 * padding) * channels), (height, width * channels), (1, 2)
     )
     shifted: NDArray[np.uint8] = windows[np.arange(num), top, left * channels]
     return shifted.reshape(pixels.shape)

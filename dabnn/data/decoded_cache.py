@@ -176,6 +176,8 @@ class DecodedCache:
     def close(self) -> None:
         """Closes the file; using it again opens it again."""
         if self._file >= 0:
+            # The mapping has a descriptor of its own, which would go on holding the lock.
+            fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
         self._file = -1
 
