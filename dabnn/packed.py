@@ -80,7 +80,8 @@ class PackedModel:
         """Return the form in which the network runs (`dabnn.fusion`), on the device where it is."""
         device = next(self.net.parameters()).device
         if self._fused.get("device") != device:
-            self._fused.update(device=device, net=fuse(self.net))
+            with torch.inference_mode(False):  # of tensors made in it nothing rearranged is kept
+                self._fused.update(device=device, net=fuse(self.net))
         net: Network = self._fused["net"]
         return net
 
@@ -181,6 +182,7 @@ def binary_layers(net: nn.Module) -> dict[str, BinaryConv2d]:
     return {path: m for path, m in modules if isinstance(m, BinaryConv2d) and m.weight_quantizer is not None}
 
 
+@torch.inference_mode(False)
 def _assemble(
     source: str,
     spec: Mapping[str, Any],
@@ -188,6 +190,7 @@ def _assemble(
     classes: tuple[str, ...] | None,
     normalization: Normalization | None,
 ) -> PackedModel:
+    tensors = {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in tensors.items()}
     net = _build(source, spec)
     float_state = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
     layers, norms, num_bytes = binary_layers(net), _norms(net), float_bytes(net)
