@@ -14,6 +14,7 @@ from typing import Any
 
 from dabnn.choices import unknown_choice
 from dabnn.errors import DabError, InvalidInputError
+from orchestrator.config_rules import check_selectors
 from orchestrator.config_source import read_yaml
 
 # Key of the file -> key of the plan that `dabnn.models.build` takes.
@@ -54,9 +55,8 @@ def write_plan(path: Path, plan: Mapping[str, Iterable[int | str]], *, comments:
 def _selectors(field: str, value: Any) -> list[int | str]:
     if not isinstance(value, list):
         raise InvalidInputError(f"{field}: {value!r} is no list. Write numbers, paths or regular expressions in [].")
-    for entry in value:
-        if isinstance(entry, bool) or not isinstance(entry, int | str):
-            raise InvalidInputError(
-                f"{field}: {entry!r} is no layer. Use its number, its path or a regular expression."
-            )
+    try:
+        check_selectors(value)
+    except ValueError as error:
+        raise InvalidInputError(f"{field}: {error}.") from None
     return value

@@ -26,8 +26,9 @@ def test_json_is_read_too(tmp_path: Path) -> None:
     [
         ("weigths: [1]", r"plan\.yaml: 'weigths' is not known\. Did you mean 'weights'\?"),
         ("weights: 3", r"plan\.yaml: weights: 3 is no list"),
-        ("inputs: [1.5]", r"plan\.yaml: inputs: 1\.5 is no layer"),
-        ("inputs: [true]", r"plan\.yaml: inputs: True is no layer"),
+        ("inputs: [1.5]", r"plan\.yaml: inputs: holds 1\.5, which names no layer; write numbers, paths or"),
+        ("inputs: [true]", r"plan\.yaml: inputs: holds true, which names no layer"),
+        ("inputs: [0]", r"plan\.yaml: inputs: holds 0, and layer numbers start at 1"),
         ("", r"plan\.yaml: is no plan\. Write"),
         ("- 1", r"plan\.yaml: is no plan"),
         ("weights: [1", r"plan\.yaml: not valid YAML, line"),
