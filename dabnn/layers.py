@@ -357,6 +357,11 @@ class BinaryConv2d(nn.Conv2d):
         return {**self.__dict__, "_cached": None, "step_code": None}
 
 
+def has_packed_form(conv: nn.Conv2d) -> bool:
+    """Return whether a convolution can run on packed bits where its weights and inputs are binary."""
+    return conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+
+
 def set_progress(net: nn.Module, fraction: float) -> None:
     """Tell the annealed estimators of a network how far training is.
 

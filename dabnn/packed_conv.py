@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dabnn.activations import input_code
 from dabnn.errors import InvalidInputError
-from dabnn.layers import BinaryConv2d
+from dabnn.layers import BinaryConv2d, has_packed_form
 from kernels import pack_signs, packed_conv2d, packed_conv2d_signs
 
 
@@ -38,7 +38,7 @@ class PackedConv2d(nn.Module):
     def __init__(self, layer: BinaryConv2d, mask: Tensor, alpha: Tensor, beta: Tensor) -> None:
         """Take geometry and bias from `layer`, the filters from mask (F, C, kh, kw), alpha (F,) and beta (F,)."""
         super().__init__()
-        if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+        if not has_packed_form(layer):
             raise InvalidInputError(
                 f"binarize.inputs: a layer with groups={layer.groups}, dilation={layer.dilation} and padding "
                 f"{layer.padding_mode} has no packed form, which takes groups 1, dilation 1 and zeros. "

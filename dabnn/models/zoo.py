@@ -19,6 +19,7 @@ from dabnn.models.googlenet import GOOGLENET
 from dabnn.models.mobilenet import MOBILENET
 from dabnn.models.network import ModelSpec, Network
 from dabnn.models.nin import NIN
+from dabnn.models.plan_warnings import warn_of_plan
 from dabnn.models.resnet import BIREAL18, RESNET, RESNET18, RESNET20
 from dabnn.models.sketchanet import SKETCHANET
 from dabnn.models.squeezenet import SQUEEZENET
@@ -127,6 +128,7 @@ def build(
     net = Network(stages, spec)
     _initialize(net, None if seed is None else torch.Generator().manual_seed(seed))
     apply_plan(net, _layer_plan(spec), weights=weights, center=center, options=LayerOptions(**spec.options))
+    warn_of_plan(net)
     return net
 
 
