@@ -76,13 +76,9 @@ def data_build(
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for shards and manifest.json.")],
     layout: Annotated[str, typer.Option("--format", help="Layout of SRC; docs/data_sources.md lists them.")] = "auto",
     shard_mb: Annotated[int, typer.Option(min=1, help="About how large a shard becomes, MiB.")] = 64,
-    val_fraction: Annotated[
-        float | None, typer.Option(help="Share of each class that becomes val, where SRC has none, e.g. 0.2.")
-    ] = None,
+    val_fraction: Annotated[float | None, typer.Option(help="Share of each class to draw into val.")] = None,
     seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
-    split_lists: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder with train.txt and val.txt, one image a line.")
-    ] = None,
+    split_lists: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of train.txt and val.txt.")] = None,
     resize: Annotated[int | None, typer.Option(help="Make longer shorter sides this many pixels long.")] = None,
     encode: Annotated[str | None, typer.Option(help="Store images as png, jpeg or webp; default as they came.")] = None,
     quality: Annotated[int | None, typer.Option(help="Of jpeg and webp, 1 to 100; default 90.")] = None,
@@ -101,7 +97,7 @@ def data_build(
         shard_mb=shard_mb,
         val_fraction=val_fraction,
         seed=seed,
-        split_lists=None if split_lists is None else str(split_lists),
+        split_lists=split_lists,
         resize=resize,
         encode=encode,
         quality=quality,
@@ -120,7 +116,7 @@ def data_build(
 @data_app.command("check", epilog="Example: dab data check shards/photos --source photos/")
 def data_check(
     dest: Dataset,
-    source: Annotated[str | None, typer.Option(metavar="SRC", help="Also compare with what it was built from.")] = None,
+    source: Annotated[str | None, typer.Option(metavar="SRC", help="Compare with what it was built from.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes; default one a CPU.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -145,9 +141,7 @@ def data_show(
         int | None, typer.Option(min=1, help="Side that the network takes; default that of the images, at most 224.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Another one shows other samples.")] = 0,
-    file: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE.png", help="Write a picture of 64 samples.")
-    ] = None,
+    file: Annotated[Path | None, typer.Option("-o", "--output", metavar="PNG", help="Draw 64 samples.")] = None,
     as_json: Json = False,
 ) -> None:
     """Print how many samples each class has, and draw samples as a network sees them."""
