@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from dabnn.losses import distillation, kurtosis_penalty, latent_weights, smoothed_cross_entropy
+from dabnn.losses import (
+    distillation,
+    kurtosis_penalty,
+    latent_weights,
+    mixed_cross_entropy,
+    smoothed_cross_entropy,
+)
 from dabnn.models import build
 
 
@@ -25,6 +32,16 @@ def test_cross_entropy_mixes_the_label_with_all_classes(smoothing: float, logits
     targets = (1 - smoothing) * np.eye(5)[labels.numpy()] + smoothing / 5
     expected = -(targets * np.log(softmax(logits.numpy()))).sum(axis=1)
     np.testing.assert_allclose(smoothed_cross_entropy(logits, labels, smoothing), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_mixed_sample_has_the_cross_entropy_of_the_mixed_targets(smoothing: float, logits: Tensor) -> None:
+    num, classes = logits.shape
+    labels, partners = torch.arange(num) % classes, (torch.arange(num) + 1) % classes
+    weights = torch.linspace(0, 1, num)
+    targets = weights[:, None] * F.one_hot(labels, classes) + (1 - weights[:, None]) * F.one_hot(partners, classes)
+    expected = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(mixed_cross_entropy(logits, labels, smoothing, partners, weights), expected)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
