@@ -68,7 +68,8 @@ def test_the_running_form_shares_the_tensors() -> None:
 
 def test_a_model_packed_in_inference_mode_is_made_of_ordinary_tensors() -> None:
     """Kernels keep rearranged weights for those alone."""
+    net = trained_like("bincifarfbin", width=0.5)
     with torch.inference_mode():
-        packed = pack(trained_like("bincifarfbin", width=0.5))
+        packed = pack(net)
         packed(torch.zeros(1, 3, 32, 32))
     assert not any(tensor.is_inference() for tensor in packed.running().state_dict().values())
