@@ -15,7 +15,7 @@ thousand.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -23,10 +23,11 @@ import torch
 from torch import nn
 
 from dabnn.errors import InvalidInputError
+from dabnn.layers import LayerOptions, has_packed_form
 from dabnn.models import LayerRow, ModelSpec, Network, build, describe
 from dabnn.models.folding import sign_norms
 from dabnn.models.table import FLOAT_BYTES
-from dabnn.plans import LayerPlan
+from dabnn.plans import LayerPlan, numbered_convs
 from dabnn.sensitivity import LayerFigures
 
 BINARY_MACS_PER_OPERATION = 64
@@ -34,6 +35,9 @@ BINARY_MACS_PER_OPERATION = 64
 # Sketch-A-Net cost in the Hybrid paper (180 against 127 MFLOP), rounded up.
 DEFAULT_SLACK = 1.5
 _IMAGE_LAYER = 1
+# Inputs of which less than this share lies on one side of zero have signs that are as good as constant.
+_LEAST_SHARE = 0.01
+ONE_SIDED, UNPACKED = "one-sided inputs", "no packed form"
 _OPTIONS = {"operations": ("--budget-ops", "operations"), "packed_bytes": ("--budget-bytes", "bytes")}
 
 
@@ -92,6 +96,9 @@ class Proposal:
         own_operations: Of the run's network.
         own_packed_bytes: Of the run's network.
         budget: What was allowed.
+        left_out: Path of each layer that was not considered with binary weights and inputs though it could be so ->
+            why: `ONE_SIDED`, its signs would be as good as constant, as behind a ReLU; `UNPACKED`, it could not be
+            exported.
     """
 
     binary_weights: list[str]
@@ -103,6 +110,7 @@ class Proposal:
     own_operations: float
     own_packed_bytes: int
     budget: Budget
+    left_out: dict[str, str]
 
 
 def layer_choices(layer: LayerFigures, num_images: int, *, from_gains: bool) -> list[Choice]:
@@ -191,12 +199,14 @@ def propose(
     """
     from_gains = any(layer.binary_weights or layer.binary_inputs for layer in layers)
     groups = [layer_choices(layer, num_images, from_gains=from_gains) for layer in layers]
-    own = plan_cost(spec, layers, [group[0] for group in groups])
+    own, outside = _own_cost(spec, layers, groups)
+    reasons = _reasons_against(spec, layers)
+    groups, left_out = _sensible(layers, groups, reasons)
     costs = choice_costs(spec, groups)
     if budget is None:
         cheapest = sum(min(cost.operations for cost in group) for group in costs)
         budget = Budget("operations", DEFAULT_SLACK * cheapest / BINARY_MACS_PER_OPERATION)
-    picks = _picks(groups, costs, own, budget)
+    picks = _picks(groups, costs, outside, budget)
     chosen = [group[pick] for group, pick in zip(groups, picks, strict=True)]
     cost = plan_cost(spec, layers, chosen)
     gain = 100 * sum(choice.value for choice in chosen) / num_images
@@ -210,18 +220,59 @@ def propose(
         own_operations=own.operations / BINARY_MACS_PER_OPERATION,
         own_packed_bytes=own.packed_bytes,
         budget=budget,
+        left_out=left_out,
     )
 
 
-def _picks(groups: Sequence[Sequence[Choice]], costs: Sequence[Sequence[Cost]], own: Cost, budget: Budget) -> list[int]:
+def _own_cost(spec: ModelSpec, layers: Sequence[LayerFigures], groups: Sequence[Sequence[Choice]]) -> tuple[Cost, int]:
+    """Return what the run's network costs, and its bytes outside the convolutions, such as BN."""
+    own = plan_cost(spec, layers, [group[0] for group in groups])
+    costs = choice_costs(spec, [group[:1] for group in groups])
+    return own, own.packed_bytes - sum(cost.packed_bytes for (cost,) in costs)
+
+
+def _reasons_against(spec: ModelSpec, layers: Sequence[LayerFigures]) -> dict[str, str]:
+    """Return path of a layer -> why it should not have binary weights and inputs, for those that should not."""
+    convs = numbered_convs(_shapes(spec, LayerPlan.of()))
+    reasons = {path: UNPACKED for path, conv in convs.values() if not has_packed_form(conv)}
+    if LayerOptions(**spec.options).input_quantizer == "sign":  # the others take the signs of something else than x
+        for layer in layers:
+            share = layer.input_negative_share
+            if share is not None and min(share, 1 - share) < _LEAST_SHARE:
+                reasons.setdefault(layer.path, ONE_SIDED)
+    return reasons
+
+
+def _sensible(
+    layers: Sequence[LayerFigures], groups: Sequence[list[Choice]], reasons: Mapping[str, str]
+) -> tuple[list[list[Choice]], dict[str, str]]:
+    """Return the choices without those that there are reasons against, and the reasons that left one out.
+
+    What a layer is now stays, unless it has no packed form and could be something else.
+    """
+    kept, left_out = [], {}
+    for layer, group in zip(layers, groups, strict=True):
+        reason = reasons.get(layer.path)
+        rest = [choice for choice in group if not (choice.binary_weights and choice.binary_inputs)]
+        if reason == ONE_SIDED and group[0] not in rest:
+            rest = group
+        if reason is None or not rest or len(rest) == len(group):
+            kept.append(group)
+        else:
+            kept.append(rest)
+            left_out[layer.path] = reason
+    return kept, left_out
+
+
+def _picks(
+    groups: Sequence[Sequence[Choice]], costs: Sequence[Sequence[Cost]], outside: int, budget: Budget
+) -> list[int]:
     if budget.measure == "operations":
         prices = [[cost.operations for cost in group] for group in costs]
         limit, unit, elsewhere = math.floor(budget.limit * BINARY_MACS_PER_OPERATION), BINARY_MACS_PER_OPERATION, 0
     else:
         prices = [[cost.packed_bytes for cost in group] for group in costs]
-        # What lies outside the convolutions, such as BN.
-        elsewhere = own.packed_bytes - sum(group[0] for group in prices)
-        limit, unit = math.floor(budget.limit) - elsewhere, 1
+        limit, unit, elsewhere = math.floor(budget.limit) - outside, 1, outside
     values = [[choice.value for choice in group] for group in groups]
     picks = choose([list(zip(*pair, strict=True)) for pair in zip(prices, values, strict=True)], limit)
     if picks is None:

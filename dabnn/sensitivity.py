@@ -6,10 +6,11 @@ each of which weighs the same:
 - rmse = sqrt((1/N) sum_samples mean (sign(x) - x)^2)
 - relative_rmse = sqrt(sum_samples mean (sign(x) - x)^2 / sum_samples mean x^2); None where all inputs are zero
 - one_minus_square = (1/N) sum_samples mean (1 - clip(x, -1, 1)^2)
+- negative_share = (1/N) sum_samples mean 1[x < 0]: 0 behind a ReLU, whose signs are all the same
 
-These are the three binarization losses of the reference code of Hybrid Binary Networks (arXiv 1804.03867), with its
-accumulation repaired: that averaged over batches, so that a short last batch counted like a full one, and added up over
-repeated calls. sign(0) = +1 here as everywhere.
+The first three are the binarization losses of the reference code of Hybrid Binary Networks (arXiv 1804.03867), with
+its accumulation repaired: that averaged over batches, so that a short last batch counted like a full one, and added up
+over repeated calls. sign(0) = +1 here as everywhere.
 
 Accuracy: one layer of a trained network is made real, or binary, and everything else stays as trained; only the BN
 statistics are estimated again, in a few batches of training data, since they belong to the layer as it was. The
@@ -59,6 +60,7 @@ class InputError:
     rmse: float
     relative_rmse: float | None
     one_minus_square: float
+    negative_share: float
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class LayerFigures:
         gain_if_real_inputs: The same with real inputs and binary weights; None unless both are binary.
         loss_if_binary: What the float twin loses with this layer made binary; None without a twin.
         loss_if_binary_weights: The same with binary weights and real inputs.
+        input_negative_share: Share of the inputs below zero; None in figures of before it was measured.
     """
 
     index: int
@@ -164,6 +167,7 @@ class LayerFigures:
     gain_if_real_inputs: float | None
     loss_if_binary: float | None
     loss_if_binary_weights: float | None
+    input_negative_share: float | None = None
 
 
 def is_binary(net: nn.Module) -> bool:
@@ -192,12 +196,12 @@ def other_states(conv: nn.Conv2d) -> tuple[LayerState, ...]:
 @torch.no_grad()
 def input_errors(net: nn.Module, images: Iterable[Tensor], device: torch.device) -> dict[int, InputError]:
     """Return the errors of the inputs of every convolution, by its number, over images (n, C, H, W)."""
-    sums = {index: torch.zeros(4, dtype=torch.float64) for index in numbered_convs(net)}
+    sums = {index: torch.zeros(5, dtype=torch.float64) for index in numbered_convs(net)}
 
     def add(index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].float()
         square, excess = (sign(x) - x).square(), 1 - x.clamp(-1, 1).square()
-        parts = (value.flatten(1).mean(1).sum().item() for value in (square, x.square(), excess))
+        parts = (value.flatten(1).mean(1).sum().item() for value in (square, x.square(), excess, (x < 0).float()))
         sums[index] += torch.tensor([*parts, len(x)], dtype=torch.float64)
 
     with ExitStack() as hooks:
@@ -209,9 +213,9 @@ def input_errors(net: nn.Module, images: Iterable[Tensor], device: torch.device)
     return {index: _input_error(*total.tolist()) for index, total in sums.items()}
 
 
-def _input_error(square: float, power: float, excess: float, num_samples: float) -> InputError:
+def _input_error(square: float, power: float, excess: float, negative: float, num_samples: float) -> InputError:
     relative = (square / power) ** 0.5 if power > 0 else None
-    return InputError((square / num_samples) ** 0.5, relative, excess / num_samples)
+    return InputError((square / num_samples) ** 0.5, relative, excess / num_samples, negative / num_samples)
 
 
 def weight_error(conv: nn.Conv2d, like: ModelSpec) -> float | None:
@@ -379,6 +383,7 @@ def layer_figures(
                 gain_if_real_inputs=gains.get(LayerState.BINARY_WEIGHTS) if all(parts) else None,
                 loss_if_binary=losses.get(LayerState.BINARY),
                 loss_if_binary_weights=losses.get(LayerState.BINARY_WEIGHTS),
+                input_negative_share=inputs.negative_share,
             )
         )
     return rows

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dabnn.errors import DabError, InvalidInputError
-from dabnn.planner import Budget
+from dabnn.planner import ONE_SIDED, UNPACKED, Budget
 from dabnn.run_folder import headline
 from orchestrator import deliver, runs
 from orchestrator import sensitivity as sensitivities
@@ -288,8 +288,24 @@ def _sensitivity_text(data: dict[str, Any]) -> str:
         f"  predicted top-1: {plan['predicted_top1']:.2f} % before any training with the plan",
         f"  operations: {plan['operations']:,.0f} (this run {plan['own_operations']:,.0f})",
         f"  packed bytes: {plan['packed_bytes']:,} (this run {plan['own_packed_bytes']:,})",
+        *_left_out_lines(plan["left_out"]),
     ]
     return "\n".join(lines)
+
+
+def _left_out_lines(left_out: dict[str, str]) -> list[str]:
+    """Return a line a reason for which layers were not considered with binary weights and inputs."""
+    why = {
+        ONE_SIDED: "their inputs are on one side of zero, as behind a ReLU, so that their signs would say nothing; a "
+        "variant with signs (`dab models`) has BN before them",
+        UNPACKED: "as depthwise or dilated layers they have no packed form, and export would refuse them",
+    }
+    return [
+        f"  not considered with binary inputs: {', '.join(path for path, each in left_out.items() if each == reason)} "
+        f"({text})"
+        for reason, text in why.items()
+        if reason in left_out.values()
+    ]
 
 
 def _follow_to_end(job: Job, cluster: Cluster, *, detach: bool, say: Say) -> View:

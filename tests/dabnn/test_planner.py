@@ -169,6 +169,60 @@ def test_a_float_run_is_made_binary_where_that_costs_least() -> None:
     assert (free.binary_weights, free.binary_inputs, free.predicted_top1) == ([], [], 80.0)
 
 
+def float_run(num_layers: int, **shares: float) -> list[LayerFigures]:
+    return [
+        layer(
+            index,
+            path,
+            loss_if_binary=0.0,
+            loss_if_binary_weights=0.0,
+            input_negative_share=shares.get(path.replace(".", "_"), 0.5),
+        )
+        for index, (path, _) in list(numbered_convs(build("bincifar", **MODEL)).items())[:num_layers]
+    ]
+
+
+def test_a_layer_that_no_negative_input_reaches_is_not_given_binary_inputs_and_that_is_said() -> None:
+    found = plan_of(float_run(8, conv3=0.0, conv5=0.004, conv6=0.99, conv7=1.0), "bincifar", None)
+    assert found.binary_inputs == ["conv2", "conv4", "conv6", "conv8"]
+    assert found.left_out == {"conv3": "one-sided inputs", "conv5": "one-sided inputs", "conv7": "one-sided inputs"}
+
+
+def test_shifted_signs_may_stand_behind_a_relu() -> None:
+    spec = build("bincifar", options={"input_quantizer": "rsign"}, **MODEL).spec
+    found = propose(spec, float_run(8, conv3=0.0), num_images=NUM_IMAGES, top1=80.0)
+    assert ("conv3" in found.binary_inputs, found.left_out) == (True, {})
+
+
+def test_figures_of_before_the_share_was_measured_leave_nothing_out() -> None:
+    rows = [replace(row, input_negative_share=None) for row in float_run(8)]
+    assert plan_of(rows, "bincifar", None).left_out == {}
+
+
+def mobilenet(**state: float | bool) -> Proposal:
+    spec = build("mobilenet", num_classes=10, width=0.0625, input_size=32).spec
+    rows = [
+        layer(index, path, **({"loss_if_binary": 0.0, "loss_if_binary_weights": 0.0} | state if index > 1 else {}))
+        for index, (path, _) in numbered_convs(build(**asdict(spec))).items()
+    ]
+    return propose(spec, rows, num_images=NUM_IMAGES, top1=80.0)
+
+
+def test_depthwise_layers_are_not_given_what_has_no_packed_form() -> None:
+    found = mobilenet()
+    depthwise = [f"pair{number}.conv1" for number in range(1, 14)]
+    assert found.binary_inputs == [f"pair{number}.conv2" for number in range(1, 14)]
+    assert found.left_out == dict.fromkeys(depthwise, "no packed form")
+
+
+def test_a_run_whose_depthwise_layers_cannot_be_packed_is_shown_the_way_out() -> None:
+    both = {"binary_weights": True, "binary_inputs": True, "gain_if_real": -1.0, "gain_if_real_inputs": -2.0}
+    found = mobilenet(**both)
+    assert found.binary_inputs == [f"pair{number}.conv2" for number in range(1, 14)]
+    assert len(found.left_out) == 13
+    assert found.own_operations < found.operations
+
+
 def test_a_budget_below_the_cheapest_plan_is_refused_with_what_is_needed() -> None:
     rows = binary_run([1.0] * 6, [1.0] * 6)
     with pytest.raises(

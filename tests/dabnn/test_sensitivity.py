@@ -59,6 +59,7 @@ def test_input_errors_are_the_formulas_over_samples_of_equal_weight() -> None:
         square = ((np.where(x >= 0, 1.0, -1.0) - x) ** 2).mean(1)
         assert error.rmse == pytest.approx(np.sqrt(square.mean()), rel=1e-6)
         assert error.relative_rmse == pytest.approx(np.sqrt(square.sum() / (x**2).mean(1).sum()), rel=1e-6)
+        assert error.negative_share == pytest.approx((x < 0).mean(), rel=1e-6)
         assert error.one_minus_square == pytest.approx((1 - np.clip(x, -1, 1) ** 2).mean(), rel=1e-6)
 
 
@@ -234,4 +235,5 @@ def test_figures_of_a_binary_run_are_gains_and_those_of_its_twin_losses(trained:
     assert (rows[3].binary_weights, rows[3].binary_inputs, rows[1].binary_inputs) == (True, True, False)
     assert (rows[1].gain_if_real, rows[1].loss_if_binary) == (None, None)
     assert rows[4].input_rmse == own.inputs[4].rmse
+    assert rows[4].input_negative_share == own.inputs[4].negative_share
     assert layer_figures(net, own, hits, None, {})[2].loss_if_binary is None
