@@ -24,6 +24,7 @@ from dabnn.data.reader import SampleReader
 from dabnn.data.shards import StoredSample, index_path, load_index, write_shard
 from dabnn.data.transforms import Transform, make_transform
 from dabnn.errors import DabError, InvalidInputError
+from dabnn.spec import AugmentSpec
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,27 @@ def test_augmented_images_do_not_depend_on_workers(data: Path) -> None:
     for epoch in range(2):
         for step, *parts in zip(whole.epoch(epoch), *(half.epoch(epoch) for half in halves), strict=True):
             assert torch.equal(step.images, torch.cat([part.images for part in parts]))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_mixed_images_do_not_depend_on_workers_also_where_a_share_cuts_a_pair(data: Path, world_size: int) -> None:
+    image = load_manifest(data).image
+    transform = make_transform(
+        "crop_flip",
+        input_size=8,
+        in_channels=3,
+        mean=image.mean,
+        std=image.std,
+        training=True,
+        augment=AugmentSpec(mixup=0.4, cutmix=1.0),
+    )
+    arguments = {"batch_size": 30, "seed": 3, "transform": transform, "num_workers_planned": 6}
+    whole = open_stream(data, "train", **arguments)
+    parts = [open_stream(data, "train", rank=rank, world_size=world_size, **arguments) for rank in range(world_size)]
+    for step, *shares in zip(whole.epoch(1), *(part.epoch(1) for part in parts), strict=True):
+        assert step.partner_labels is not None
+        for field in ("images", "labels", "indices", "partner_labels", "weights"):
+            assert torch.equal(getattr(step, field), torch.cat([getattr(share, field) for share in shares]))
 
 
 def test_augmentation_differs_between_epochs_and_leaves_the_training_process_its_random_numbers(data: Path) -> None:
