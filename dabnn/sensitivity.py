@@ -103,6 +103,7 @@ class Samples:
             mean=mean,
             std=std,
             training=is_training,
+            augment=data.augment,
         )
         with open_stream(
             data.train if is_training else data.val,
