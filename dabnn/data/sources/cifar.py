@@ -8,7 +8,9 @@ read by an unpickler that knows NumPy arrays and nothing else.
 import io
 import os
 import pickle
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +28,7 @@ _SIDE = 32
 _PIXEL_BYTES = 3 * _SIDE * _SIDE
 # CIFAR-100's training set has 150 MB.
 _MAX_MEMBER_BYTES = 2**30
-# Of 1,000 photographs, level 3 made the smallest files, in 0.13 ms each; level 6 took 0.15 ms (Pillow 13.0).
+# Level 6 makes files smaller by 7 bytes of 2,290, in a tenth more time.
 _PNG_LEVEL = 3
 
 
@@ -186,15 +188,34 @@ class CifarRead:
 
     def __call__(self, record: Record) -> bytes:
         """Returns the PNG file."""
-        from PIL import Image
-
         if record.place is None:
             raise ValueError(f"{record.name}: not a record of {self.place}")
         table = _load(self.place, self.layout, self.place.stat().st_mtime_ns)
-        pixels = table.pixels[record.place[0]][record.place[1]].reshape(3, _SIDE, _SIDE)
-        buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "PNG", compress_level=_PNG_LEVEL)
-        return buffer.getvalue()
+        return _png(table.pixels[record.place[0]][record.place[1]])
+
+
+def _png(planes: NDArray[np.uint8]) -> bytes:
+    """Returns red, green and blue planes as a PNG file with Paeth's filter on all rows (ISO/IEC 15948, 9.4).
+
+    Of 2,000 photographs that took 0.10 ms each and 2,290 bytes; Pillow, which tries all filters, 0.17 ms and 2,281.
+    """
+    pixels = planes.reshape(3, _SIDE, _SIDE).transpose(1, 2, 0).astype(np.int16)
+    left, above, corner = (np.zeros_like(pixels) for _ in range(3))
+    left[:, 1:], above[1:], corner[1:, 1:] = pixels[:, :-1], pixels[:-1], pixels[:-1, :-1]
+    from_left, from_above = above - corner, left - corner
+    far_left, far_above, far_corner = np.abs(from_left), np.abs(from_above), np.abs(from_left + from_above)
+    is_left = (far_left <= far_above) & (far_left <= far_corner)
+    predicted = np.where(is_left, left, np.where(far_above <= far_corner, above, corner))
+    rows = np.full((_SIDE, 1 + 3 * _SIDE), 4, dtype=np.uint8)
+    rows[:, 1:] = (pixels - predicted).reshape(_SIDE, -1)
+    return _PNG_HEAD + _png_chunk(b"IDAT", zlib.compress(rows.tobytes(), _PNG_LEVEL)) + _png_chunk(b"IEND", b"")
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+_PNG_HEAD = b"\x89PNG\r\n\x1a\n" + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", _SIDE, _SIDE, 8, 2, 0, 0, 0))
 
 
 @lru_cache(maxsize=1)
