@@ -3,9 +3,9 @@
     PYTHONPATH=. python benchmarks/packed_network_cpu.py
 
 Both run channels-last, one image at a time, on random weights: the time does not depend on them. `stem_share` is the
-part of the packed network's time that its first, real-valued layer takes. The float peer is the network of the same name
-without binary layers. All forms take turns; each figure is the best of its turns, processor time with one thread and
-wall time with more.
+part of the packed network's time that its first, real-valued layer takes. The float peer is the network of the same
+name without binary layers. All forms take turns; each figure is the best of its turns, processor time with one thread
+and wall time with more.
 """
 
 import os
