@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_form import channels_last_logits
 from torch import nn
 
 from dabnn.errors import InvalidInputError
@@ -91,6 +92,7 @@ def test_every_model_trains_a_step_and_exports(name, tmp_path):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     before = [parameter.detach().clone() for parameter in net.parameters()]
     x = images(net)
+    torch.manual_seed(0)  # dropout
     logits = net(x)
     nn.functional.cross_entropy(logits, torch.arange(len(x))).backward()
     optimizer.step()
@@ -103,7 +105,11 @@ def test_every_model_trains_a_step_and_exports(name, tmp_path):
     expected = describe(net).packed_bytes
     assert expected < file_bytes < expected + 110 * len(packed.tensors) + 2500
     with torch.no_grad():
-        assert torch.equal(load_packed(tmp_path / "model.dab")(x), net(x))
+        logits, expected = load_packed(tmp_path / "model.dab")(x), channels_last_logits(net, x)
+    if any(layer.binary_input for layer in binary_layers(net).values()):
+        assert torch.equal(logits, expected)
+    else:  # two-valued weights are channels-last only once packed, and real inputs round
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(
