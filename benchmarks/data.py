@@ -66,14 +66,14 @@ def _chosen(names: list[str], options: argparse.Namespace) -> list[str]:
 def cifar(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rates on CIFAR-10."""
     root = prepare(options.cifar, options.work / "cifar")
-    return compare_rates(_chosen(CIFAR, options), root, cifar_task(options.cifar), options.turns)
+    return compare_rates(_chosen(CIFAR, options), root, cifar_task(options.cifar), options.turns, options.batches)
 
 
 def sketches(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rates on sketches."""
     folder = make_sketches(options.omniglot, options.work / "sketches" / "images", options.num_sketches)
     root = prepare(folder, options.work / "sketches")
-    return compare_rates(_chosen(PLAIN, options), root, sketch_task(folder), options.turns)
+    return compare_rates(_chosen(PLAIN, options), root, sketch_task(folder), options.turns, options.batches)
 
 
 def start(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -155,7 +155,8 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path, help="image folder of CIFAR-10, JPEG files")
     parser.add_argument("--omniglot", type=Path, help="image folder of Omniglot's drawings")
     parser.add_argument("--work", type=Path, required=True, help="folder for the data sets that are made")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=60, help="of a turn of the parts cifar and sketches")
     parser.add_argument("--epochs", type=int, default=10, help="of the part memory")
     parser.add_argument("--without", nargs="+", default=[], metavar="CONTENDER", help="contenders to leave out")
     parser.add_argument("--num-sketches", type=int, default=NUM_SKETCHES)

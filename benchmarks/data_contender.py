@@ -20,6 +20,7 @@ import io  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from dataclasses import asdict, dataclass  # noqa: E402
 from functools import partial  # noqa: E402
+from itertools import chain, count, islice  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 BATCH = 128
 NUM_LOADERS = 2
+_UNTIMED = 8  # batches; twice what torch's loaders read ahead
 _TORCH = ["torch", "torchvision.transforms.v2", "torchvision.datasets"]
 # What a training script would have imported before it opens its data.
 _MODULES = {
@@ -66,7 +68,7 @@ class Task:
 
 
 def open_dab(root: Path, task: Task, *, decoded: bool) -> Callable[[int], "Epoch"]:
-    """Our stream; it reads ahead beyond the end of an epoch, which is undone here by leaving one out."""
+    """Our stream."""
     from dabnn.data import open_stream
     from dabnn.data.shard_cache import ShardCache
     from dabnn.data.transforms import make_transform
@@ -84,7 +86,7 @@ def open_dab(root: Path, task: Task, *, decoded: bool) -> Callable[[int], "Epoch
         cache=ShardCache(root / "cache" / "shards"),
         decoded_bytes=2**32 if decoded else 0,
     )
-    return lambda number: ((batch.images, batch.labels) for batch in stream.epoch(2 * number))
+    return lambda number: ((batch.images, batch.labels) for batch in stream.epoch(number))
 
 
 def open_imagefolder(root: Path, task: Task, *, tensors: bool) -> Callable[[int], "Epoch"]:
@@ -215,13 +217,22 @@ def _gray_loader(path: str) -> Any:
         return image.convert("L")
 
 
-def _run_epoch(batches: "Epoch") -> dict[str, Any]:
-    start = time.perf_counter()
+def _read(batches: "Epoch", num_batches: int | None = None) -> int:
+    """Reads some batches, or all, and returns how many images they hold."""
     num_images = 0
-    for images, labels in batches:
+    for images, labels in islice(batches, num_batches):
         num_images += len(images)
         float(images[-1, -1, -1, -1]), int(labels[-1])
-    return {"seconds": time.perf_counter() - start, "images": num_images}
+    return num_images
+
+
+def _run_turn(batches: "Epoch", num_batches: int) -> dict[str, Any]:
+    """Times batches after some more, so that those which were read ahead before the turn are not among them."""
+    num_before = _read(batches, _UNTIMED)
+    start = time.perf_counter()
+    num_images = _read(batches, num_batches)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "images": num_images, "all_images": num_before + num_images}
 
 
 def _inspect_epoch(batches: "Epoch") -> dict[str, Any]:
@@ -259,11 +270,15 @@ def main() -> None:
     images, _ = next(batches := epoch(0))
     ready = time.perf_counter()
     say({"started": STARTED, "import_s": imported - start, "first_batch_s": ready - imported, "shape": images.shape})
-    for number, line in enumerate(sys.stdin, start=1):
-        for _ in batches:  # the rest of the first epoch
-            pass
-        run = _inspect_epoch if line.strip() == "inspect" else _run_epoch
-        say(run(epoch(number)))
+    epochs = (epoch(number) for number in count(1))
+    running = chain.from_iterable(epochs)
+    for line in sys.stdin:
+        _read(batches)  # the rest of the first epoch
+        command, *number = line.split()
+        if command == "turn":
+            say(_run_turn(running, int(number[0])))
+        else:
+            say(_inspect_epoch(next(epochs)) if command == "inspect" else {"images": _read(next(epochs))})
 
 
 def as_argument(task: Task) -> str:

@@ -43,11 +43,16 @@ class Contender:
         self.start = self._answer()
         self.start["process_s"] = self.start.pop("started") - began
 
-    def epoch(self) -> dict[str, float]:
-        """Reads an epoch; returns images and seconds, and the processor seconds of all processes."""
+    def turn(self, num_batches: int) -> dict[str, float]:
+        """Goes on reading; returns images and seconds, and all images and the processor seconds of all processes."""
         before = self._cpu_seconds()
-        answer = self._ask("epoch")
+        answer = self._ask(f"turn {num_batches}")
         return {**answer, "cpu_s": self._cpu_seconds() - before}
+
+    def epoch(self) -> int:
+        """Reads an epoch and returns the number of its images; for contenders that have no turns."""
+        images: int = self._ask("epoch")["images"]
+        return images
 
     def inspect(self) -> dict[str, Any]:
         """Reads an epoch; returns the shapes of its batches, mean and deviation of the pixels, images of each class."""
@@ -111,7 +116,7 @@ def refuse_if_wrong(found: dict[str, dict[str, Any]], task: Task) -> None:
 
 @contextmanager
 def contenders(names: Sequence[str], root: Path, task: Task) -> Iterator[dict[str, Contender]]:
-    """Opens contenders that were checked and have read two epochs."""
+    """Opens contenders that were checked and have read two epochs by then."""
     with ExitStack() as stack:
         opened = {}
         for name in names:
@@ -121,14 +126,14 @@ def contenders(names: Sequence[str], root: Path, task: Task) -> Iterator[dict[st
         yield opened
 
 
-def compare_rates(names: Sequence[str], root: Path, task: Task, turns: int) -> list[dict[str, Any]]:
+def compare_rates(names: Sequence[str], root: Path, task: Task, turns: int, num_batches: int) -> list[dict[str, Any]]:
     """Returns a row for each contender: images a second, and how many times as fast ours is, plain and decoded."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with contenders(names, root, task) as opened:
         for turn in range(turns):
             for position in range(len(names)):
                 name = names[(position + turn) % len(names)]
-                runs[name].append(opened[name].epoch())
+                runs[name].append(opened[name].turn(num_batches))
             print(f"turn {turn + 1}:", {name: round(_rate(done[-1])) for name, done in runs.items()}, flush=True)
     return [_row(name, runs) for name in names]
 
@@ -138,7 +143,7 @@ def _rate(run: dict[str, float]) -> float:
 
 
 def _cpu_rate(run: dict[str, float]) -> float:
-    return run["images"] / run["cpu_s"]
+    return run["all_images"] / run["cpu_s"]
 
 
 def _row(name: str, runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -192,7 +197,7 @@ def memory_curve(name: str, root: Path, task: Task, epochs: int) -> list[dict[st
     try:
         for number in range(epochs):
             with _sampled(contender) as samples:
-                images = contender.epoch()["images"]
+                images = contender.epoch()
             rss, pss, anonymous = ([sample[part] for sample in samples] for part in range(3))
             middle = {"rss_mb": median(rss), "pss_mb": median(pss), "anonymous_mb": median(anonymous)}
             rows.append({"contender": name, "epoch": number + 1, "images": images, **middle, "peak_mb": max(pss)})
