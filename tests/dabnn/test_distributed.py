@@ -14,7 +14,7 @@ from dabnn.distributed import World, deterministic, seed_step, share_buffers, wr
 NUM_RANKS = 3
 # Each rank writes what it saw; the tests compare the ranks.
 PROGRAM = """
-import hashlib, json, sys
+import gc, hashlib, json, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -52,6 +52,8 @@ with deterministic():
     share_buffers(net, world)
     seen["running_mean"] = net[1].running_mean[0].item()
 Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(seen))
+del model, net, layers
+gc.collect()  # DDP refers to the group in cycles, and a gloo thread that lives on aborts the exit at times
 dist.destroy_process_group()
 """
 

@@ -155,9 +155,9 @@ def test_resuming_with_another_architecture_is_a_clear_failure(small_digits: Pat
     ("change", "expected"),
     [
         ({"precision": "fp8"}, "train.precision: 'fp8' is not known"),
-        ({"loss": LossSpec(distill=DistillSpec("nowhere.pt"))}, "nowhere.pt: no readable checkpoint"),
+        ({"loss": LossSpec(distill=DistillSpec("nowhere.pt"))}, "nowhere.pt: cannot be read"),
         ({"loss": LossSpec(distill=DistillSpec("stage:float"))}, "stage:float is none of the earlier stages"),
-        ({"init_from": "nowhere.pt"}, "nowhere.pt: no readable checkpoint"),
+        ({"init_from": "nowhere.pt"}, "nowhere.pt: cannot be read"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_a_failure_before_the_first_step(

@@ -53,11 +53,12 @@ def test_top1_of_training_counts_the_label_of_the_sample_itself(digits: Path) ->
     learner = Learner(spec, spec.parts[0], World.current(CPU), None)
     learner.connect()
     batch = first_batch(spec)
+    torch.manual_seed(0)  # dropout
     logits, losses, loss = learner.step(
         batch.images, batch.labels, batch.partners, epoch=0.0, step_in_epoch=0, num_samples=len(batch.labels)
     )
     assert torch.equal(losses, cross_entropy(logits, batch.labels, reduction="none"))
-    assert loss != pytest.approx(float(losses.mean()), rel=1e-3)
+    assert loss != pytest.approx(float(losses.mean()), rel=1e-5)
 
 
 def test_a_run_on_mixed_images_is_the_same_with_and_without_decoded_images_and_loaders(
