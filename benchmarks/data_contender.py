@@ -267,13 +267,12 @@ def main() -> None:
         importlib.import_module(module)
     imported = time.perf_counter()
     epoch = OPEN[name](root, task)
-    images, _ = next(batches := epoch(0))
+    first = next(batches := epoch(0))
     ready = time.perf_counter()
-    say({"started": STARTED, "import_s": imported - start, "first_batch_s": ready - imported, "shape": images.shape})
-    epochs = (epoch(number) for number in count(1))
+    say({"started": STARTED, "import_s": imported - start, "first_batch_s": ready - imported, "shape": first[0].shape})
+    epochs = chain([chain([first], batches)], (epoch(number) for number in count(1)))
     running = chain.from_iterable(epochs)
     for line in sys.stdin:
-        _read(batches)  # the rest of the first epoch
         command, *number = line.split()
         if command == "turn":
             say(_run_turn(running, int(number[0])))

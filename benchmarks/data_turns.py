@@ -116,7 +116,7 @@ def refuse_if_wrong(found: dict[str, dict[str, Any]], task: Task) -> None:
 
 @contextmanager
 def contenders(names: Sequence[str], root: Path, task: Task) -> Iterator[dict[str, Contender]]:
-    """Opens contenders that were checked and have read two epochs by then."""
+    """Opens contenders that were checked and have read an epoch by then."""
     with ExitStack() as stack:
         opened = {}
         for name in names:
