@@ -259,9 +259,9 @@ class ShardCache:
 
     def _keep(self, path: Path, text: bytes) -> None:
         """Writes a small file; where there is no room for it, it is read from the server the next time, too."""
+        partial = path.with_name(f"{path.name}.{threading.get_native_id()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{threading.get_native_id()}")
             partial.write_bytes(text)
             partial.replace(path)
         except OSError as error:

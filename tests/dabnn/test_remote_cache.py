@@ -250,6 +250,11 @@ def test_a_folder_that_cannot_be_made_is_named(data: Path, split: Split, tmp_pat
     cache = ShardCache(tmp_path / "file" / "cache")
     with pytest.raises(InvalidInputError, match=r"^data\.cache_folder: .*: cannot be written to \(Not a directory\)"):
         cache.path("http://127.0.0.1:9/x", split.shards[0])
+    with (
+        RangeServer(data, tmp_path) as server,
+        pytest.raises(InvalidInputError, match=r"^data\.cache_folder: .*: cannot be written to \(Not a directory\)"),
+    ):
+        cache.index(f"{url_of(server, split.shards[0])}.index.json", split.shards[0])
 
 
 @pytest.fixture
