@@ -151,8 +151,7 @@ class SampleReader:
 
     def require_room(self, window: int) -> None:
         """Raises `InvalidInputError` if shards are fetched and the cache does not hold those of a window of samples."""
-        if any(self._is_remote(number) for number in range(len(self._shards))):
-            self._cache.require_room(self._shards, window)
+        self._cache.require_room([shard for number, shard in enumerate(self._shards) if self._is_remote(number)], window)
 
     def describe(self, index: int) -> str:
         """Returns a sample's shard, key, and file name at the source, for messages."""
@@ -181,7 +180,8 @@ class SampleReader:
         return self._root.child(index_path(Path(self._shards[number].name)).name)
 
     def _is_remote(self, number: int) -> bool:
-        return not self._root.is_local or is_url(self._shards[number].url or "")
+        # The URL of a file on this machine has become its path.
+        return not self._root.is_local or (self._shards[number].url is not None and is_url(self._place(number)))
 
     def _shown(self, number: int) -> str:
         return shown(self._place(number))

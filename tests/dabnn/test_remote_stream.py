@@ -225,6 +225,10 @@ def test_shards_may_lie_elsewhere_than_their_index(data: Path, tmp_path: Path, c
     beside = with_urls(data, tmp_path / "beside", f"{data}/")
     with open_stream(beside, "train", batch_size=12, seed=3) as stream:
         assert_same(list(stream.epoch(1)), local(data))
+    by_url = with_urls(data, tmp_path / "by_url", f"{data.as_uri()}/")
+    with open_stream(by_url, "train", batch_size=12, seed=3, cache=ShardCache(tmp_path / "none", 1)) as stream:
+        assert_same(list(stream.epoch(1)), local(data))
+    assert not (tmp_path / "none").exists()
     with RangeServer(data, tmp_path) as server:
         index = with_urls(data, tmp_path / "index", f"{server.url}/", "?sig=hidden")
         with open_stream(index, "train", batch_size=12, seed=3, cache=cache) as stream:
