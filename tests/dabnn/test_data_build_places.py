@@ -67,6 +67,19 @@ def test_shards_of_others_are_indexed_where_they_lie(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in source.iterdir()} == before
 
 
+def test_shards_that_tar_made_of_a_folder_are_sound(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        for sample in range(4):
+            (tmp_path / "raw" / f"{sample}.png").write_bytes(png(sample))
+            (tmp_path / "raw" / f"{sample}.cls").write_text(str(sample % 2))
+        (tmp_path / "theirs").mkdir(exist_ok=True)
+        archive = str(tmp_path / "theirs" / f"{split}-0.tar")
+        subprocess.run(["tar", "--sort=name", "-C", str(tmp_path / "raw"), "-cf", archive, "."], check=True)
+    build_dataset(str(tmp_path / "theirs"), tmp_path / "data")
+    assert check_dataset(tmp_path / "data") == []
+
+
 def test_an_altered_shard_of_others_is_found(tmp_path: Path) -> None:
     source = write_shards_of_others(tmp_path / "theirs")
     build_dataset(str(source), tmp_path / "data")

@@ -209,6 +209,16 @@ def test_a_header_damaged_in_the_middle_is_not_taken_for_the_end(data: Path) -> 
     assert f"the header at byte {index.offsets[1] - 512:,} is damaged" in problems[-2].detail
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [2**40, 2**62, 2**87, -(2**40)])
+def test_a_size_that_only_a_header_claims_is_found_and_takes_no_memory(data: Path, kind: bytes, size: int) -> None:
+    index = load_index(data, shard_entry(data))
+    header = tarfile.TarInfo(f"{index.keys[1]}.png")
+    header.type, header.size = kind, size
+    alter(data / SHARD, index.offsets[1] - 512, header.tobuf(tarfile.GNU_FORMAT)[-1024:][:512])
+    assert [problem.kind for problem in check_dataset(data)][-2:] == ["archive", "count"]
+
+
 def test_an_image_of_50000_by_50000_pixels_is_refused_before_it_is_decoded(data: Path) -> None:
     header = struct.pack(">4sIIBBBBB", b"IHDR", 50_000, 50_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
