@@ -120,6 +120,30 @@ def test_linked_images_and_class_folders_are_read(tmp_path: Path) -> None:
     assert {name: len(images) for name, images in contents(source, "val").items()} == {"ant": 3, "bee": 1}
 
 
+def test_linked_folders_below_a_class_are_not_entered(tmp_path: Path) -> None:
+    unsplit = write_files(tmp_path / "unsplit", class_files({"ant": 4, "bee": 4}))
+    (unsplit / "ant" / "again").symlink_to(unsplit / "ant")
+    (unsplit / "bee" / "round").symlink_to("..")
+    source = open_source(str(unsplit), val_fraction=0.5)
+    assert [len(records) for records in source.splits.values()] == [4, 4]
+    assert any(note.startswith("2 files were passed over") for note in source.notes)
+    split = write_files(tmp_path / "split", class_files({"ant": 4}, "train") | class_files({"ant": 4}, "val"))
+    (split / "val" / "ant" / "again").symlink_to(split / "train" / "ant")
+    assert [len(records) for records in open_source(str(split)).splits.values()] == [4, 4]
+
+
+def test_images_beside_the_class_folders_are_counted_and_told(tmp_path: Path) -> None:
+    split = write_tree(tmp_path / "split", num_train=2, num_val=2)
+    write_files(split, {"train/loose.png": b"x", "val/loose.png": b"x", "beside.png": b"x"})
+    note = "2 images lie in no class folder and were left out, the first of them is {}"
+    assert note.format("train/loose.png") in open_source(str(split)).notes
+    unsplit = write_files(tmp_path / "unsplit", class_files({"ant": 4}) | {"loose.png": b"x", "beside.jpg": b"x"})
+    assert note.format("beside.jpg") in open_source(str(unsplit), val_fraction=0.5).notes
+    one = write_files(tmp_path / "one", class_files({"ant": 4}, "train") | {"train/a.png": b"x", "train/b.png": b"x"})
+    assert note.format("train/a.png") in open_source(str(one), val_fraction=0.5).notes
+    assert not any("class folder" in note for note in open_source(str(write_tree(tmp_path / "tidy"))).notes)
+
+
 def test_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
     source = write_tree(tmp_path, num_train=1, num_val=1)
     (source / "train" / "ant" / "lost.png").symlink_to(tmp_path / "nowhere.png")

@@ -106,6 +106,13 @@ def test_val_in_folders_needs_no_labels(tmp_path: Path, train: str) -> None:
     assert contents(source, "val") == EXPECTED_VAL
 
 
+@pytest.mark.parametrize("labels", [{}, LABELS["Kaggle's table"]])
+def test_images_beside_the_class_folders_are_counted_and_told(tmp_path: Path, labels: dict[str, bytes]) -> None:
+    val = VAL_LAYOUTS["flat"] if labels else val_folders()
+    notes = open_source(str(write_files(tmp_path, train_folders() | val | labels | {"train/loose.JPEG": b"x"}))).notes
+    assert "1 images lie in no class folder and were left out, the first of them is train/loose.JPEG" in notes
+
+
 def test_the_archives_give_the_same_records_as_the_folders(tmp_path: Path) -> None:
     folders = open_source(str(write_files(tmp_path / "a", train_folders() | val_folders())))
     archive = open_source(str(write_files(tmp_path / "b", train_tar() | val_folders())))

@@ -82,14 +82,17 @@ def source_of_tree(
         if val_fraction is not None or split_lists is not None:
             notes.append(f"{tree.root} has train and val of its own, which were taken; nothing was drawn")
         classes, splits = own_splits(tree)
+        notes += loose_notes(tree, own)
     elif split_lists is not None and not own:
         classes, records = class_records(tree, "")
         splits, left_out = split_by_lists([record for listed in records for record in listed], split_lists, tree.root)
-        notes += left_out
+        notes += [*left_out, *loose_notes(tree, [""])]
     elif val_fraction is not None and own != ["val"]:
-        classes, records = class_records(tree, "".join(own))
+        parent = "".join(own)
+        classes, records = class_records(tree, parent)
         splits = split_by_fraction(records, val_fraction, seed)
         notes.append(f"val was drawn from each class: {val_fraction:g} of its images, seed {seed}")
+        notes += loose_notes(tree, [parent])
     else:
         raise _no_splits(tree.root, own)
     return Source(
@@ -177,6 +180,23 @@ def class_records(
                 "some or remove the folder"
             )
     return tuple(names), [records[name] for name in names]
+
+
+def loose_notes(tree: Tree, parents: Sequence[str]) -> tuple[str, ...]:
+    """Returns a sentence about the images that lie beside the class folders; empty where there are none.
+
+    Args:
+        tree: The files.
+        parents: The folders of the tree that the class folders lie in; the empty name is its root.
+    """
+    loose = [found.name for found in tree.files if not any(_is_in_class(found.name, parent) for parent in parents)]
+    if not loose:
+        return ()
+    return (f"{len(loose):,} images lie in no class folder and were left out, the first of them is {loose[0]}",)
+
+
+def _is_in_class(name: str, parent: str) -> bool:
+    return "/" in name.removeprefix(f"{parent}/") and (not parent or name.startswith(f"{parent}/"))
 
 
 def to_record(found: Found, label: int) -> Record:

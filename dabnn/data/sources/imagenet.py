@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dabnn.data.images import EXTENSIONS
 from dabnn.data.sources.archive import list_archive
-from dabnn.data.sources.folder import class_records, own_splits, to_record
+from dabnn.data.sources.folder import class_records, loose_notes, own_splits, to_record
 from dabnn.data.sources.imagenet_labels import read_val_wnids
 from dabnn.data.sources.members import Member
 from dabnn.data.sources.records import FileRead, Record, Source, split_notes
@@ -45,12 +45,13 @@ def imagenet12(path: Path) -> Source:
     if any(name.startswith("val/") for name in val.folders):
         both = Tree(root, train.files + val.files, train.folders | val.folders, 0, "", train.read)
         classes, splits = own_splits(both)
+        notes += loose_notes(both, ["train", "val"])
         val_how = "folders of classes"
     else:
         classes, records = class_records(train, "train")
         labelled, val_how, left_out = _flat_val(path, root, val, classes)
         splits = {"train": [record for listed in records for record in listed], "val": labelled}
-        notes += left_out
+        notes += [*left_out, *loose_notes(train, ["train"])]
     read_as = f"read as imagenet12: {len(classes):,} classes; train from {_place(train)}, val from {_place(val)}"
     return Source(
         name=str(path.resolve()),

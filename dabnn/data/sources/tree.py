@@ -50,7 +50,8 @@ class Tree:
         if not self.num_passed_over:
             return ()
         kinds = ", ".join(sorted(EXTENSIONS))
-        return (f"{self.num_passed_over:,} files were passed over, which are no images ({kinds}) or are hidden",)
+        what = f"no images ({kinds}), hidden, or linked folders below a class"
+        return (f"{self.num_passed_over:,} files were passed over, which are {what}",)
 
 
 def extension_of(name: str) -> str:
@@ -66,7 +67,8 @@ def is_hidden(name: str) -> bool:
 def list_folder(root: Path, under: Sequence[str] = ("",)) -> Tree:
     """Lists the image files below some folders of `root`.
 
-    Linked files are read like others; linked folders below a class folder are not entered.
+    Linked files are read like others, and linked folders that lie directly in one of `under`, as class folders do.
+    Linked folders further down are not entered: they would bring the same images twice, or lead round in a circle.
 
     Args:
         root: The folder.
@@ -89,7 +91,7 @@ def list_folder(root: Path, under: Sequence[str] = ("",)) -> Tree:
             folders.add(folder)
             for entry in _listed(root / folder):
                 name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir(follow_symlinks=name.count("/") <= 1):
+                if entry.is_dir(follow_symlinks=folder in under):
                     waiting += [] if entry.name.startswith(".") else [name]
                 elif extension_of(entry.name) in EXTENSIONS and not entry.name.startswith("."):
                     status = entry.stat()
