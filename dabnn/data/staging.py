@@ -51,9 +51,10 @@ def staging_folder(dest: Path, plan: str) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
         raise
     finally:
-        os.close(lock)
+        # Before the lock ends: the files of a build that begins then must not be removed.
         if staging.exists() and not any(staging.glob("*.finished.json")):
             shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
 
 
 def _lock(staging: Path, dest: Path) -> int:
@@ -63,10 +64,24 @@ def _lock(staging: Path, dest: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise DabError(f"{dest}: another build is writing there; wait for its end, or stop it") from None
+        raise _busy(dest) from None
     except OSError:
         pass  # some network file systems lock no folders
+    if not _is_still(staging, descriptor):  # another build ended between the two calls, and removed the folder
+        os.close(descriptor)
+        raise _busy(dest)
     return descriptor
+
+
+def _busy(dest: Path) -> DabError:
+    return DabError(f"{dest}: another build is writing there; wait for its end, or stop it")
+
+
+def _is_still(staging: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(staging.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _stored_plan(staging: Path) -> str | None:

@@ -1,12 +1,16 @@
 """Where datasets are built: shards of others that are only indexed, folders that cannot be written, killed builds."""
 
+import errno
+import fcntl
 import io
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ from dabnn.data import build_dataset, check_dataset, load_manifest
 from dabnn.data.encode import make_encoding
 from dabnn.data.reader import SampleReader
 from dabnn.data.shard_task import ShardResult, ShardTask
-from dabnn.data.staging import STAGING_NAME
+from dabnn.data.staging import STAGING_NAME, staging_folder
 from dabnn.errors import DabError, InvalidInputError
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +213,42 @@ def test_a_process_that_dies_is_told_and_the_build_can_go_on(tmp_path: Path) -> 
     build_dataset(str(source), tmp_path / "data", say=notes.append)
     assert any("going on with" in note for note in notes)
     assert check_dataset(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize("error", [None, InvalidInputError("a bad source"), OSError(errno.ENOSPC, "full"), OSError()])
+def test_the_folder_of_a_build_is_removed_before_another_may_enter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    remove = shutil.rmtree
+    num_removed = 0
+
+    def enter_and_remove(path: Path, ignore_errors: bool) -> None:
+        nonlocal num_removed
+        with pytest.raises(DabError, match="another build is writing there"), staging_folder(tmp_path, "other"):
+            pass
+        remove(path, ignore_errors)
+        num_removed += 1
+
+    monkeypatch.setattr(shutil, "rmtree", enter_and_remove)
+    with suppress(InvalidInputError, OSError), staging_folder(tmp_path, "plan"):
+        if error is not None:
+            raise error
+    assert (num_removed, list(tmp_path.iterdir())) == (1, [])
+
+
+def test_a_folder_that_was_removed_while_a_build_waited_is_not_built_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+
+    def lock_late(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / STAGING_NAME)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with pytest.raises(DabError, match="another build is writing there"), staging_folder(tmp_path, "plan"):
+        pass
 
 
 def test_a_build_killed_at_once_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
