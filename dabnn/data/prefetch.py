@@ -70,7 +70,7 @@ class _Crew:
                     self._cache.index(wanted.index_url, wanted.shard, self.stop)
             except StoppedError:
                 return
-            except DabError as error:
+            except (DabError, OSError) as error:
                 # Whoever reads the shard meets the same and says so.
                 _log.debug("not fetched ahead: %s", error)
                 continue

@@ -151,7 +151,8 @@ class SampleReader:
 
     def require_room(self, window: int) -> None:
         """Raises `InvalidInputError` if shards are fetched and the cache does not hold those of a window of samples."""
-        self._cache.require_room([shard for number, shard in enumerate(self._shards) if self._is_remote(number)], window)
+        fetched = [shard for number, shard in enumerate(self._shards) if self._is_remote(number)]
+        self._cache.require_room(fetched, window)
 
     def describe(self, index: int) -> str:
         """Returns a sample's shard, key, and file name at the source, for messages."""

@@ -99,6 +99,8 @@ class ShardCache:
             except (FileNotFoundError, NotADirectoryError):
                 self.path(url, shard)  # which may be dropped before it is open
                 continue
+            except OSError as error:
+                raise self._unusable(error, "read") from error
             if self._is_whole(os.fstat(file), path, shard.num_bytes):
                 return file
             os.close(file)
@@ -111,6 +113,8 @@ class ShardCache:
             return self._is_whole(path.stat(), path, shard.num_bytes)
         except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            raise self._unusable(error, "read") from error
 
     def fetch(self, url: str, shard: Shard, stop: threading.Event | None = None) -> bool:
         """Fetches a shard, unless it is there.
@@ -135,13 +139,16 @@ class ShardCache:
                 f"data.cache_gb: {self.max_bytes / _GB:g} GB is less than one shard, {shown(url)} of "
                 f"{shard.num_bytes / _GB:g} GB; shards are kept whole, so give the cache room for several"
             )
-        with self._part(shard) as part:
-            if part is None:
-                return self.holds(shard)
-            if not self._make_room():
-                Path(part.name).unlink()
-                return False
-            self._fill(part, url, shard, Patience(shown(url), self.retry_s, stop))
+        try:
+            with self._part(shard) as part:
+                if part is None:
+                    return self.holds(shard)
+                if not self._make_room():
+                    Path(part.name).unlink()
+                    return False
+                self._fill(part, url, shard, Patience(shown(url), self.retry_s, stop))
+        except OSError as error:
+            raise self._unusable(error) from error
         return True
 
     def index(self, url: str, shard: Shard, stop: threading.Event | None = None) -> bytes:
@@ -216,12 +223,8 @@ class ShardCache:
     def _part(self, shard: Shard) -> Iterator[FileIO | None]:
         """Yields the locked file that a shard is fetched into; None where another process holds it, or just did."""
         path = self._part_file(shard)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+b", buffering=0)
-        except OSError as error:
-            raise self._unusable(error) from error
-        with file, _locked(file, is_waiting=False) as is_ours:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _open_shared(path) as file, _locked(file, is_waiting=False) as is_ours:
             if not (is_ours and _is_same(file, path)):
                 yield None
                 return
@@ -253,7 +256,7 @@ class ShardCache:
                 return remote.download(url, part, shard.num_bytes, patience)
             except OSError as error:
                 if error.errno not in _NO_ROOM:
-                    raise self._unusable(error) from error
+                    raise
                 if not self._make_room(shard.num_bytes, is_disk_full=True):
                     raise self._full_disk(shard) from error
 
@@ -262,7 +265,9 @@ class ShardCache:
         partial = path.with_name(f"{path.name}.{threading.get_native_id()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(text)
+            with _open_shared(partial) as file:
+                file.truncate(0)
+                file.write(text)
             partial.replace(path)
         except OSError as error:
             with suppress(OSError):
@@ -278,10 +283,12 @@ class ShardCache:
             "space, lower data.cache_gb, or name a folder on another disk"
         )
 
-    def _unusable(self, error: OSError) -> InvalidInputError:
+    def _unusable(self, error: OSError, doing: str = "written to") -> InvalidInputError:
+        path = self.folder if error.filename is None else Path(os.fsdecode(error.filename))
+        name = f"{path.name}: " if path.parent == self.folder else ""
         return InvalidInputError(
-            f"data.cache_folder: {self.folder}: cannot be written to ({error.strerror}); shards from a server are "
-            "kept there. Name a folder of this machine that you may write to"
+            f"data.cache_folder: {self.folder}: cannot be {doing} ({name}{error.strerror}); shards from a server are "
+            "kept there. Name a folder of this machine that you may write to, as everybody may who uses it with you"
         )
 
     def _make_room(self, num_bytes: int = 0, *, is_disk_full: bool = False) -> bool:
@@ -294,7 +301,7 @@ class ShardCache:
         Returns:
             Whether there is room now, or something was dropped.
         """
-        with (self.folder / ".lock").open("ab") as lock, _locked(lock):
+        with _open_shared(self.folder / ".lock") as lock, _locked(lock):
             entries = sorted(self._entries())
             excess = num_bytes if is_disk_full else sum(entry.num_bytes for entry in entries) - self.max_bytes
             dropped = 0
@@ -320,6 +327,17 @@ def _checksum(sha256: str) -> str:
     if not _SHA256.fullmatch(sha256):
         raise DabError(f"manifest: {sha256!r} is no sha256; the manifest is damaged, build the dataset again")
     return sha256
+
+
+def _open_shared(path: Path) -> FileIO:
+    """Opens a file of the cache; a new one may be read and written by all who may write to its folder."""
+    file = path.open("a+b", buffering=0)
+    found, writers = os.fstat(file.fileno()), path.parent.stat().st_mode & 0o022
+    mode = found.st_mode | writers | writers << 1
+    if mode != found.st_mode:
+        with suppress(PermissionError):  # another user's, who has seen to it
+            os.fchmod(file.fileno(), mode & 0o777)
+    return file
 
 
 def _is_same(file: IOBase, path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -25,6 +26,8 @@ from dabnn.data.reader import SampleReader
 from dabnn.data.shard_cache import ShardCache
 from dabnn.errors import DabError, InvalidInputError
 
+ROOT = Path(__file__).parents[2]
+NOBODY = 65534
 FETCH = """
 import os, sys
 from pathlib import Path
@@ -296,8 +299,88 @@ def test_a_read_only_cache_serves_what_it_has(data: Path, split: Split, tmp_path
         cache.path(url_of(server, shard), shard)
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
         assert cache.path(url_of(server, shard), shard).exists()
-        with pytest.raises(InvalidInputError, match=r"cannot be written to \(Read-only file system\)"):
+        with pytest.raises(InvalidInputError, match=r"cannot be written to \(\w+\.\d+\.part: Read-only file system\)"):
             cache.path(url_of(server, other), other)
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A folder that every user reaches and may write to."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    return tmp_path / "shared"
+
+
+def fetch_as_nobody(url: str, shard: Shard, folder: Path) -> str:
+    """Fetches a shard as a user without rights, root's being too many; returns what became of it."""
+    program = (
+        "import os, sys\nfrom pathlib import Path\nfrom dabnn.data.manifest import Shard\n"
+        "from dabnn.data.shard_cache import ShardCache\nfrom dabnn.errors import DabError\n"
+        "import encodings.idna, dabnn.data.remote\n"
+        "url, folder, num_bytes, sha256, index_sha256 = sys.argv[1:]\n"
+        "shard = Shard('', 1, int(num_bytes), sha256, index_sha256)\n"
+        f"os.umask(0o022)\nos.setgid({NOBODY})\nos.setuid({NOBODY})\n"
+        "try:\n"
+        "    cache = ShardCache(Path(folder), retry_s=5.0)\n"
+        "    os.close(cache.open(url, shard))\n"
+        "    cache.index(url + '.index.json', shard)\n"
+        "    print('fetched')\n"
+        "except DabError as error:\n    print(error)\n"
+    )
+    arguments = [url, str(folder), str(shard.num_bytes), shard.sha256, shard.index_sha256]
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_users_who_may_all_write_to_the_folder_share_it(data: Path, split: Split, tmp_path: Path, shared: Path) -> None:
+    first, second, third = split.shards[:3]
+    before = os.umask(0o022)
+    try:
+        with RangeServer(data, tmp_path, {second.name: ["cut 4096", "403*"]}) as server:
+            cache = ShardCache(shared)
+            cache.path(url_of(server, first), first)
+            with pytest.raises(DabError, match="status 403"):
+                cache.path(url_of(server, second), second)
+        (part,) = shared.glob("*.part")
+        assert part.stat().st_mode & 0o777 == 0o666
+        with RangeServer(data, tmp_path) as server:
+            assert fetch_as_nobody(url_of(server, second), second, shared) == "fetched"
+            assert fetch_as_nobody(url_of(server, third), third, shared) == "fetched"
+            assert fetch_as_nobody(url_of(server, first), first, shared) == "fetched"
+            assert server.requests(first.name) == [(first.name, 0)]
+    finally:
+        os.umask(before)
+
+
+def test_a_file_that_belongs_to_another_user_is_named(data: Path, split: Split, tmp_path: Path, shared: Path) -> None:
+    shard = split.shards[0]
+    (shared / ".lock").touch(mode=0o600)
+    with RangeServer(data, tmp_path) as server:
+        message = fetch_as_nobody(url_of(server, shard), shard, shared)
+    assert message.startswith(f"data.cache_folder: {shared}: cannot be written to (.lock: Permission denied); ")
+
+
+def test_a_file_that_cannot_be_used_does_not_end_the_threads_that_fetch(
+    data: Path, split: Split, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "dabnn.data.prefetch")
+    cache = ShardCache(tmp_path / "cache")
+    (cache.folder / ".lock").mkdir(parents=True)
+    with RangeServer(data, tmp_path) as server:
+        reader = SampleReader(server.url, split, 2, cache)
+        reader.prefetch(np.arange(split.num_samples))
+        wait_for(lambda: caplog.text.count("cannot be written to (.lock: Is a directory)") == len(split.shards))
+        (cache.folder / ".lock").rmdir()
+        reader.prefetch(np.arange(split.num_samples))
+        wait_for(lambda: all(cache.holds(shard) for shard in split.shards))
+        reader.close()
 
 
 def test_a_checksum_that_is_a_path_is_refused(tmp_path: Path) -> None:
