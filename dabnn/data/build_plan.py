@@ -195,6 +195,18 @@ def _check_records(source: Source) -> None:
                 "both splits; rename or remove one"
             )
         names.add(record.name)
+    if not source.has_class_list:
+        _require_trained(source)
+
+
+def _require_trained(source: Source) -> None:
+    trained = {record.label for record in source.splits["train"]}
+    for record in source.splits.get("val", ()):
+        if record.label not in trained:
+            raise InvalidInputError(
+                f"{record.name}: in {source.name} val has the class {source.classes[record.label]}, of which train has "
+                "no image, so no network could learn it; add training images, or take the class out of val"
+            )
 
 
 def _encoded_scale(source: Source, encoding: Encoding) -> float:

@@ -12,6 +12,7 @@ import pytest
 import webdataset
 from source_files import image_file, tar_bytes, write_files
 
+from dabnn.data.build_plan import Listing, plan_build
 from dabnn.data.sources import Record, Source, key_of, open_source
 from dabnn.data.sources import records as records_module
 from dabnn.errors import DabError, InvalidInputError
@@ -147,6 +148,57 @@ def test_a_table_that_is_not_laid_out_so_is_named(
     write(tmp_path / "train.parquet")
     with pytest.raises(InvalidInputError, match=complaint):
         open_source(str(tmp_path))
+
+
+def test_numbers_and_texts_as_labels_of_one_table_are_refused(tmp_path: Path) -> None:
+    write_table(tmp_path / "train.parquet", range(9), names=None)
+    write_table(tmp_path / "val.parquet", range(9, 12), names=None, labels=[str(label) for label in LABELS])
+    with pytest.raises(InvalidInputError, match=r"some labels are numbers \(0\) and some texts \('0'\)"):
+        open_source(str(tmp_path))
+
+
+def test_a_text_that_the_schema_does_not_name_is_refused(tmp_path: Path) -> None:
+    write_table(tmp_path / "train.parquet", range(3), labels=["ant", "dog", "bee"])
+    write_table(tmp_path / "val.parquet", range(3), labels=["ant", "ant", "bee"])
+    with pytest.raises(InvalidInputError, match=r"train\.parquet: row 1 has the label 'dog'; there are 3 classes"):
+        open_source(str(tmp_path))
+
+
+def plan(folder: Path) -> Source:
+    return plan_build(Listing(str(folder)), 2**20, None).source
+
+
+def test_a_class_that_only_val_has_is_refused_where_no_list_names_it(tmp_path: Path) -> None:
+    complaint = "val has the class {}, of which train has no image"
+    texts = ["cat", "dog", "cat", "ant"]
+    write_table(tmp_path / "texts" / "train.parquet", range(3), names=None, labels=texts)
+    write_table(tmp_path / "texts" / "val.parquet", range(1, 4), names=None, labels=texts)
+    with pytest.raises(InvalidInputError, match=complaint.format("ant")):
+        plan(tmp_path / "texts")
+    shards = {
+        f"{split}-0.tar": tar_bytes({"a.png": IMAGES[0], "a.cls": label})
+        for split, label in {"train": b"0", "val": b"1"}.items()
+    }
+    write_files(tmp_path / "shards", shards)
+    with pytest.raises(InvalidInputError, match=complaint.format("1")):
+        plan(tmp_path / "shards")
+    images = write_files(tmp_path / "images", {"ant/0.png": IMAGES[0], "bee/0.png": IMAGES[1]})
+    lists = write_files(tmp_path / "lists", {"train.txt": b"ant/0.png", "val.txt": b"bee/0.png"})
+    with pytest.raises(InvalidInputError, match=complaint.format("bee")):
+        plan_build(Listing(str(images), split_lists=lists), 2**20, None)
+
+
+def test_a_class_that_only_val_has_is_told_where_a_list_names_it(tmp_path: Path) -> None:
+    write_table(tmp_path / "table" / "train.parquet", range(2))
+    write_table(tmp_path / "table" / "val.parquet", range(3))
+    note = "1 of 3 classes have images in val and none in train, so no network learns them: cat"
+    assert note in plan(tmp_path / "table").notes
+    shards = {
+        f"{split}-0.tar": tar_bytes({"a.png": IMAGES[0], "a.cls": label})
+        for split, label in {"train": b"0", "val": b"2"}.items()
+    }
+    write_files(tmp_path / "shards", shards | {"classes.txt": b"ant\nbee\ncat\n"})
+    assert note in plan(tmp_path / "shards").notes
 
 
 def test_a_row_without_bytes_is_named_when_it_is_read(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def cifar(path: Path, dataset: str | None = None) -> Source:
             *split_notes(table.classes, splits),
         ),
         stamp=_stamp(place, layout),
+        has_class_list=True,
     )
 
 

@@ -73,6 +73,7 @@ def parquet(path: Path) -> Source:
         ),
         blocks={split: blocks for split, (_, blocks) in listed.items()},
         stamp=stamp_of(path, files),
+        has_class_list=columns.classes is not None,
     )
 
 
@@ -137,9 +138,14 @@ def _labels(file: Path, columns: _Columns) -> list[Any]:
 
 def _classes(labels: Any, where: str) -> tuple[str, ...]:
     known = {label for listed in labels for label in listed}
-    if all(isinstance(label, int) for label in known):
-        return numbered_classes(max(known, default=-1), where)
-    return tuple(sorted(str(label) for label in known))
+    numbers = {label for label in known if isinstance(label, int)}
+    texts = known - numbers
+    if numbers and texts:
+        raise InvalidInputError(
+            f"{where}: some labels are numbers ({min(numbers)}) and some texts ({min(texts)!r}), so it cannot be told "
+            "which of them are the same class; write all files with labels of one type"
+        )
+    return tuple(sorted(texts)) if texts else numbered_classes(max(numbers, default=-1), where)
 
 
 def _records(
@@ -153,11 +159,11 @@ def _records(
         row = 0
         for num_rows, num_bytes, extensions in _row_groups(file, columns.image):
             for extension in extensions:
-                label = labels[file][row]
-                label = label if isinstance(label, int) else positions[label]
+                named = labels[file][row]
+                label = named if isinstance(named, int) else positions.get(named, len(classes))
                 if label >= len(classes):
                     raise InvalidInputError(
-                        f"{file}: row {row} has the label {label}; there are {len(classes)} classes"
+                        f"{file}: row {row} has the label {named!r}; there are {len(classes)} classes"
                     )
                 record_name = f"{name.removesuffix('.parquet')}/{row:08d}.{extension}"
                 records.append(Record(record_name, label, extension, num_bytes, (name, row)))

@@ -58,6 +58,8 @@ class Source:
         blocks: Runs of records, by split, that lie in one compressed block, which a reader has to decode as a whole.
         stamp: Changes when a file of the source is written again, even with the same content: whether a build that was
             interrupted may go on. It says nothing about what the images are; `digest` does.
+        has_class_list: Whether the classes come from a list that lies with the images, which may name some that `train`
+            has no image of; else they are those of the images, and one that only `val` has is a mistake.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Source:
     shards: Mapping[str, tuple[Path, ...]] | None = None
     blocks: Mapping[str, tuple[range, ...]] | None = None
     stamp: str = ""
+    has_class_list: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -209,10 +212,22 @@ def split_class(
 
 
 def split_notes(classes: Sequence[str], splits: Mapping[str, Sequence[Record]]) -> tuple[str, ...]:
-    """Returns a sentence about the classes of which `val` has no image; empty where there are none."""
-    present = {record.label for record in splits.get("val", ())}
-    missing = [name for label, name in enumerate(classes) if label not in present]
-    if not missing or not splits.get("val"):
+    """Returns a sentence about the classes of which one split alone has images; empty where there are none."""
+    train, val = ({record.label for record in splits.get(split, ())} for split in SPLITS)
+    if not val:
         return ()
-    named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-    return (f"{len(missing)} of {len(classes)} classes have no image in val, so nothing measures them: {named}",)
+    unmeasured = [name for label, name in enumerate(classes) if label not in val]
+    unlearned = [name for label, name in enumerate(classes) if label in val and label not in train]
+    sentences = {
+        "have no image in val, so nothing measures them": unmeasured,
+        "have images in val and none in train, so no network learns them": unlearned,
+    }
+    return tuple(
+        f"{len(names)} of {len(classes)} classes {sentence}: {_some(names)}"
+        for sentence, names in sentences.items()
+        if names
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

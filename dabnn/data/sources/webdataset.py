@@ -56,6 +56,7 @@ def webdataset(path: Path) -> Source:
         ),
         shards=shards,
         stamp=stamp_of(path, shards),
+        has_class_list=(path / CLASS_NAMES).is_file(),
     )
 
 
