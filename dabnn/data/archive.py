@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dabnn.data.images import EXTENSIONS
+from dabnn.data.sources.webdataset import label_in_json
 
 _TAR_BLOCK = 512
 
@@ -24,13 +25,15 @@ class ArchivedSample:
         key: The key.
         images: The image files.
         offsets: Where they lie in the archive.
-        labels: What the members `KEY.cls` hold.
+        labels: What the members `KEY.cls` hold; where there is none, the label in `KEY.json`.
+        tables: What the members `KEY.json` hold.
     """
 
     key: str
     images: list[bytes] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     labels: list[bytes] = field(default_factory=list)
+    tables: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ def read_archive(path: Path) -> Iterator[ArchivedSample | StrangeMember]:
 
 
 def _if_sample(sample: ArchivedSample) -> list[ArchivedSample]:
+    if sample.images and not sample.labels:
+        numbers = [label_in_json(data) for data in sample.tables]
+        sample.labels += [str(number).encode() for number in numbers if number is not None]
     return [sample] if sample.images or sample.labels else []
 
 
@@ -111,6 +117,8 @@ def _add(sample: ArchivedSample, name: str, member: tarfile.TarInfo, descriptor:
         sample.offsets.append(member.offset_data)
     elif name == f"{sample.key}.cls":
         sample.labels.append(os.pread(descriptor, member.size, member.offset_data))
+    elif name == f"{sample.key}.json":
+        sample.tables.append(os.pread(descriptor, member.size, member.offset_data))
 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from image_tree import write_tree
+from source_files import image_file, tar_bytes, write_files
 
 from dabnn.data import Problem, build_dataset, check_dataset
 from dabnn.data.manifest import MANIFEST_NAME, Shard, Split, load_manifest, write_manifest
@@ -252,6 +253,22 @@ def test_a_source_whose_val_was_drawn_is_compared_with_the_same_draw(tmp_path: P
     source = write_tree(tmp_path / "images").joinpath("train")
     build_dataset(str(source), tmp_path / "data", val_fraction=0.25, seed=3)
     assert check_dataset(tmp_path / "data", source=str(source)) == []
+
+
+def test_shards_of_others_with_labels_in_json_are_sound(tmp_path: Path) -> None:
+    labels = {
+        "0.json": b'{"label": 0}',
+        "1.json": b'{"cls": 1, "text": "a bee"}',
+        "2.cls": b"1",
+        "2.json": b'{"cls": 0}',
+    }
+    files = labels | {f"{sample}.png": image_file(sample) for sample in range(3)}
+    shard = tar_bytes(dict(sorted(files.items())))
+    write_files(tmp_path, {"theirs/train-0.tar": shard, "theirs/val-0.tar": shard})
+    manifest = build_dataset(str(tmp_path / "theirs"), tmp_path / "data")
+    assert list(load_index(tmp_path / "data", manifest.splits["train"].shards[0]).labels) == [0, 1, 1]
+    assert [split.class_counts for split in manifest.splits.values()] == [(1, 2), (1, 2)]
+    assert check_dataset(tmp_path / "data") == []
 
 
 def test_a_missing_or_altered_index_is_found(data: Path) -> None:

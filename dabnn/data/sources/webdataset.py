@@ -1,5 +1,9 @@
-"""WebDataset shards that are there already: tar files of `KEY.jpg` and `KEY.cls`, which are indexed, not copied."""
+"""WebDataset shards that are there already: tar files of `KEY.jpg` and `KEY.cls`, which are indexed, not copied.
 
+Where a sample has no `KEY.cls`, the number `label` or `cls` in its `KEY.json` is the label.
+"""
+
+import json
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +18,7 @@ from dabnn.errors import InvalidInputError
 
 CLASS_NAMES = "classes.txt"
 _MAX_LABEL_BYTES = 20
+_MAX_JSON_BYTES = 2**20
 
 
 def webdataset(path: Path) -> Source:
@@ -41,7 +46,7 @@ def webdataset(path: Path) -> Source:
         splits[split] = tuple(records)
     classes = _classes(path, [record for records in splits.values() for record in records])
     if num_passed_over:
-        notes = (*notes, f"{num_passed_over:,} members were passed over, which are neither images nor labels (.cls)")
+        notes = (*notes, f"{num_passed_over:,} members were passed over, which are neither images nor labels")
     num_shards = sum(len(files) for files in shards.values())
     return Source(
         name=str(path.resolve()),
@@ -71,6 +76,17 @@ def key_of(record: Record) -> str:
     return _key(member)
 
 
+def label_in_json(data: bytes) -> int | None:
+    """Returns the label that the text of a `KEY.json` holds, `{"label": N}` or `{"cls": N}`; None where it has none."""
+    try:
+        fields = json.loads(data) if len(data) <= _MAX_JSON_BYTES else None
+    except (ValueError, RecursionError):
+        return None
+    values = [fields.get(name) for name in ("label", "cls")] if isinstance(fields, dict) else []
+    found = {value for value in values if type(value) is int}
+    return found.pop() if len(found) == 1 and min(found) >= 0 else None
+
+
 def _key(member_name: str) -> str:
     folder, slash, file = member_name.rpartition("/")
     return f"{folder}{slash}{file.partition('.')[0]}"
@@ -86,32 +102,40 @@ def _list_shard(root: Path, file: Path) -> tuple[list[Record], int]:
         num_passed_over += num_others
         if image is None or label is None:
             continue
-        number = _read_label(file, key, label)
         name, extension = f"{shard}/{image.name}", extension_of(image.name)
-        records.append(Record(name, number, extension, image.num_bytes, (shard, image.offset)))
+        records.append(Record(name, label, extension, image.num_bytes, (shard, image.offset)))
     if not records:
         raise InvalidInputError(f"{file}: no sample in it; samples are KEY.jpg (or another image) and KEY.cls")
     return records, num_passed_over
 
 
-def _sample(file: Path, key: str, members: Iterable[Member]) -> tuple[Member | None, Member | None, int]:
-    images, labels = [], []
+def _sample(file: Path, key: str, members: Iterable[Member]) -> tuple[Member | None, int | None, int]:
+    images, labels, tables = [], [], []
     num_others = 0
     for member in members:
         if extension_of(member.name) in EXTENSIONS:
             images.append(member)
         elif member.name == f"{key}.cls":
             labels.append(member)
+        elif member.name == f"{key}.json":
+            tables.append(member)
         else:
             num_others += 1
+    numbers = [_read_json(file, member) for member in tables] if images and not labels else []
+    numbers = [number for number in numbers if number is not None]
+    num_others += len(tables) - len(numbers)
     if not images and not labels:
         return None, None, num_others
-    if len(images) != 1 or len(labels) != 1:
+    if len(images) != 1 or len(labels) + len(numbers) != 1:
         raise InvalidInputError(
-            f"{file}: sample {key!r} has {len(images)} images and {len(labels)} labels ({key}.cls), not one of each, "
-            "side by side; write the shard anew"
+            f"{file}: sample {key!r} has {len(images)} images and {len(labels)} labels ({key}.cls, or a number `label` "
+            f"or `cls` in {key}.json), not one of each, side by side; write the shard anew"
         )
-    return images[0], labels[0], num_others
+    return images[0], numbers[0] if numbers else _read_label(file, key, labels[0]), num_others
+
+
+def _read_json(file: Path, member: Member) -> int | None:
+    return label_in_json(read_at(file, member.offset, min(member.num_bytes, _MAX_JSON_BYTES + 1)))
 
 
 def _read_label(file: Path, key: str, label: Member) -> int:
