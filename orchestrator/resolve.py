@@ -12,7 +12,7 @@ from typing import Any
 from dabnn.checkpoints import load_state
 from dabnn.data import Manifest, load_manifest
 from dabnn.data.location import Location
-from dabnn.data.reader import verify_sizes
+from dabnn.data.reader import verify_files
 from dabnn.data.remote import is_url, shown
 from dabnn.errors import InvalidInputError
 from dabnn.learner import checkpoint_bytes
@@ -72,7 +72,7 @@ def resolve(config: Config, find_run: Callable[[str], str] | None = None) -> Con
                 f"data.{split}: the data set has no split {split!r}, only {', '.join(manifest.splits)}."
             )
         place = config.data.train if split == "train" else config.data.val or config.data.train
-        verify_sizes(place, manifest.split(split))
+        verify_files(place, manifest.split(split))
     num_classes = len(train.classes)
     if config.model.num_classes not in (None, num_classes):
         raise InvalidInputError(

@@ -3,11 +3,13 @@
 For datasets whose stored images all have one size. The file is filled by whoever decodes a sample first: its pixels,
 then a byte that says that they are there. It survives its processes, but not a restart of the machine before it was
 complete and on the disk, since the order in which a file's pages get there is not that of writing. It is not a copy of
-the dataset: nothing is in it that the shards do not give again.
+the dataset: nothing is in it that the shards do not give again. Shards that were written anew since, as those are that
+were damaged and repaired, have another file, and so has another version of Pillow.
 """
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import mmap
@@ -36,7 +38,9 @@ def one_size(manifest: Manifest) -> tuple[int, int] | None:
     return (image.min_width, image.min_height)
 
 
-def open_decoded(folder: Path, max_bytes: int, manifest: Manifest, split: str, channels: int) -> "DecodedCache | None":
+def open_decoded(
+    folder: Path, max_bytes: int, manifest: Manifest, split: str, channels: int, state: str = ""
+) -> "DecodedCache | None":
     """Opens the cache of a split, where it has one.
 
     Args:
@@ -46,6 +50,7 @@ def open_decoded(folder: Path, max_bytes: int, manifest: Manifest, split: str, c
         manifest: The dataset.
         split: One of its splits.
         channels: 1 or 3, as the network takes them.
+        state: Of the split's files on this machine, as `reader.verify_files` gives it.
 
     Returns:
         The cache; None, with a line in the log, where the images differ in size or do not fit.
@@ -59,9 +64,8 @@ def open_decoded(folder: Path, max_bytes: int, manifest: Manifest, split: str, c
     if size is None:
         _log.info("data.decoded_cache_gb: not used, the images of %s are not known to have one size", manifest.source)
         return None
-    cache = DecodedCache(
-        folder / f"{manifest.digest}-{split}-{channels}", manifest.split(split).num_samples, size, channels
-    )
+    path = folder / f"{manifest.digest}-{split}-{channels}-{_key(state)}"
+    cache = DecodedCache(path, manifest.split(split).num_samples, size, channels)
     if cache.num_bytes > max_bytes:
         _log.info(
             "data.decoded_cache_gb: not used, split %s takes %.3g GB decoded, more than the %.3g GB allowed",
@@ -248,6 +252,13 @@ def _read_header(path: Path) -> dict[str, Any] | None:
         return None
     is_known = isinstance(header, dict) and header.keys() >= {"num_bytes", "boot_id", "is_complete"}
     return header if is_known else None
+
+
+def _key(state: str) -> str:
+    """Returns what names all that pixels depend on besides the manifest."""
+    from PIL import __version__ as pillow_version
+
+    return hashlib.sha256(f"{pillow_version} {state}".encode()).hexdigest()[:16]
 
 
 def _boot_id() -> str:

@@ -23,6 +23,7 @@ FORMAT_VERSION = 2
 _FORMAT_VERSIONS = (1, FORMAT_VERSION)
 # What a dataset is does not depend on where it came from or lies.
 _NOT_IN_DIGEST = frozenset({"source", "source_digest", "source_options"})
+_PLACE_FIELDS = ("url", "mtime_ns")
 
 
 class Shard(NamedTuple):
@@ -35,6 +36,8 @@ class Shard(NamedTuple):
         sha256: Of its content.
         index_sha256: Of its index.
         url: Where the tar file lies, a path or URL, when that is not beside the manifest.
+        mtime_ns: When it was last written to, of a file of this machine that was indexed where it lies; None where
+            that is not known.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Shard(NamedTuple):
     sha256: str
     index_sha256: str
     url: str | None = None
+    mtime_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class Manifest:
         content = {key: value for key, value in _content(self).items() if key not in _NOT_IN_DIGEST}
         if self.format_version > 1:
             for split in content["splits"].values():
-                del split["shards"]["url"]
+                split["shards"] = {key: value for key, value in split["shards"].items() if key not in _PLACE_FIELDS}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def split(self, name: str) -> Split:
@@ -228,12 +232,15 @@ def _split_content(split: Split) -> dict[str, Any]:
     shards: dict[str, Any] = dict(zip(Shard._fields, columns, strict=True))
     if not any(shards["url"]):
         shards["url"] = None
+    if not any(shards["mtime_ns"]):
+        del shards["mtime_ns"]
     sizes = {"num_samples": split.num_samples, "num_bytes": split.num_bytes}
     return {**sizes, "class_counts": split.class_counts, "shards": shards}
 
 
 def _split_content_1(split: Split) -> dict[str, Any]:
-    shards = [dict(zip(Shard._fields[:-1], shard[:-1], strict=True)) for shard in split.shards]
+    fields = Shard._fields[: -len(_PLACE_FIELDS)]
+    shards = [dict(zip(fields, shard, strict=False)) for shard in split.shards]
     return {"num_samples": split.num_samples, "num_bytes": split.num_bytes, "shards": shards}
 
 
@@ -262,9 +269,10 @@ def _parse(content: dict[str, Any]) -> Manifest:
 
 
 def _shards(columns: Mapping[str, Any]) -> tuple[Shard, ...]:
-    required = [columns[field] for field in Shard._fields[:-1]]
-    urls = columns["url"] or [None] * len(required[0])
-    return tuple(map(Shard._make, zip(*required, urls, strict=True)))
+    required = [columns[field] for field in Shard._fields[: -len(_PLACE_FIELDS)]]
+    unknown = [None] * len(required[0])
+    urls, times = columns["url"] or unknown, columns.get("mtime_ns") or unknown
+    return tuple(map(Shard._make, zip(*required, urls, times, strict=True)))
 
 
 def _shards_1(rows: Sequence[Mapping[str, Any]]) -> tuple[Shard, ...]:

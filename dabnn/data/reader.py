@@ -5,6 +5,7 @@ shards; `prefetch` says which ones come next. Takes sizes and indexes on trust o
 of a local shard is verified by `check`, that of a fetched one when it arrives.
 """
 
+import hashlib
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -26,8 +27,8 @@ _MAX_OPEN_FILES = 128
 _MAX_OPEN_CACHED = 8
 
 
-def verify_sizes(root: Location | Path | str, split: Split) -> None:
-    """Compares the sizes of a split's files on this machine with the manifest.
+def verify_files(root: Location | Path | str, split: Split) -> str:
+    """Compares the sizes of a split's files on this machine with the manifest, and the times of those indexed there.
 
     What lies behind a URL is verified when it is fetched.
 
@@ -35,10 +36,15 @@ def verify_sizes(root: Location | Path | str, split: Split) -> None:
         root: Where the dataset lies.
         split: One of its splits.
 
+    Returns:
+        The state of the files on this machine: another one when any of them was written to since.
+
     Raises:
-        InvalidInputError: A shard or its index is missing, or a shard is not as long as it was written.
+        InvalidInputError: A shard or its index is missing, a shard is not as long as it was written, or one that is
+            not the dataset's own was written to since it was indexed.
     """
     root = Location.of(root)
+    state = hashlib.sha256()
     for shard in split.shards:
         try:
             if root.is_local:
@@ -46,14 +52,21 @@ def verify_sizes(root: Location | Path | str, split: Split) -> None:
             place = shard_place(root, shard)
             if is_url(place):
                 continue
-            found = Path(place).stat().st_size
+            found = Path(place).stat()
         except FileNotFoundError as error:
             raise InvalidInputError(f"{error.filename}: missing; {_advice(root)}") from None
-        if found != shard.num_bytes:
+        if found.st_size != shard.num_bytes:
             raise InvalidInputError(
-                f"{place}: {found} bytes, the manifest says {shard.num_bytes}, so it was truncated or altered; "
+                f"{place}: {found.st_size} bytes, the manifest says {shard.num_bytes}, so it was truncated or altered; "
                 f"{_advice(root)}"
             )
+        if shard.mtime_ns not in (None, found.st_mtime_ns):
+            raise InvalidInputError(
+                f"{place}: the source changed since it was indexed; run `dab data build` again, so that labels and "
+                "places of the images are those of now"
+            )
+        state.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+    return state.hexdigest()
 
 
 def shard_place(root: Location, shard: Shard) -> str:

@@ -120,11 +120,12 @@ def finished(task: ShardTask) -> ShardResult | None:
     try:
         stored = json.loads(receipt_path(task.path).read_bytes())
         index_path(task.path).stat()
-        num_bytes = (task.existing or task.path).stat().st_size
+        found = (task.existing or task.path).stat()
     except (OSError, ValueError):
         return None
     result = ShardResult(**stored | {"shard": Shard(*stored["shard"]), "number": task.number})
-    return result if num_bytes == result.shard.num_bytes else None
+    is_same = found.st_size == result.shard.num_bytes and result.shard.mtime_ns in (None, found.st_mtime_ns)
+    return result if is_same else None
 
 
 def receipt_path(shard_path: Path) -> Path:
@@ -145,7 +146,7 @@ def _write_receipt(path: Path, result: ShardResult) -> None:
 def _result(task: ShardTask, shard: Shard, counted: _Counted) -> ShardResult:
     return ShardResult(
         number=task.number,
-        shard=shard._replace(name=task.path.name, url=None if task.existing is None else str(task.existing)),
+        shard=shard._replace(name=task.path.name),
         class_counts=sorted(counted.labels.items()),
         statistics=counted.statistics.state(),
         failures=tuple(counted.failures[:MAX_NAMED_FAILURES]),
@@ -198,6 +199,7 @@ def _read(task: ShardTask, record: Record) -> bytes:
 
 def _index_shard(path: Path, existing: Path, samples: Iterator[StoredSample], records: tuple[Record, ...]) -> Shard:
     """Writes the index of a tar file of somebody else's; the keys are the samples' own."""
+    mtime_ns = existing.stat().st_mtime_ns  # before anything is read, so that what is written to it later shows
     columns = IndexColumns()
     places = {record.name: record.place for record in records}
     for sample in samples:
@@ -205,4 +207,5 @@ def _index_shard(path: Path, existing: Path, samples: Iterator[StoredSample], re
         if place is None:
             raise ValueError(f"{sample.name} lies in no shard")
         columns.add(sample.key, sample.name, place[1], len(sample.data), sample.label)
-    return columns.write(path, existing.stat().st_size, file_sha256(existing))
+    shard = columns.write(path, existing.stat().st_size, file_sha256(existing))
+    return shard._replace(url=str(existing), mtime_ns=mtime_ns)

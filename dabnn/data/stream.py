@@ -20,7 +20,7 @@ from dabnn.data.loaders import Answer, BatchReader, Loaders
 from dabnn.data.manifest import Manifest, load_manifest
 from dabnn.data.order import batches, share, steps
 from dabnn.data.pipeline import Pipeline
-from dabnn.data.reader import SampleReader, verify_sizes
+from dabnn.data.reader import SampleReader, verify_files
 from dabnn.data.requests import Plan, Requests
 from dabnn.data.shard_cache import ShardCache, default_folder
 from dabnn.data.transforms import Transform, make_transform
@@ -243,7 +243,7 @@ def open_stream(
     _check_numbers(batch_size, rank, world_size, num_workers, num_loaders, window)
     manifest = load_manifest(root)
     entry = manifest.split(split)
-    verify_sizes(root, entry)
+    state = verify_files(root, entry)
     if shuffle:
         cut = steps(entry.num_samples, batch_size, num_workers, remainder)
         blocks = [share(step, rank, world_size) for step in cut]
@@ -262,7 +262,7 @@ def open_stream(
     stored.require_room(window if shuffle else 1)
     transform = transform or _plain(manifest)
     folder = (default_folder() if cache is None else cache.folder).parent / "decoded"
-    decoded = open_decoded(folder, decoded_bytes, manifest, split, transform.in_channels)
+    decoded = open_decoded(folder, decoded_bytes, manifest, split, transform.in_channels, state)
     pipeline = Pipeline(stored, transform, seed, decoded)
     reader = BatchReader(pipeline, is_training=shuffle, tolerates_bad=max_bad_fraction > 0, is_finished=device is None)
     stream = Stream(

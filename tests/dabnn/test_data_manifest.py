@@ -72,6 +72,7 @@ def test_the_digest_is_that_of_the_content_and_not_of_its_place(digits: Path) ->
     val = manifest.split("val")
     moved = Split.of(tuple(shard._replace(url=f"s3://data/{shard.name}") for shard in val.shards), val.class_counts)
     altered = Split.of((val.shards[0]._replace(sha256="0"), *val.shards[1:]), val.class_counts)
+    moved = Split.of(tuple(shard._replace(mtime_ns=7) for shard in moved.shards), val.class_counts)
     elsewhere = replace(manifest, source="/elsewhere", splits={**manifest.splits, "val": moved})
     assert elsewhere.digest == manifest.digest
     assert replace(manifest, splits={**manifest.splits, "val": altered}).digest != manifest.digest
@@ -80,7 +81,8 @@ def test_the_digest_is_that_of_the_content_and_not_of_its_place(digits: Path) ->
 def test_the_addresses_of_shards_survive_the_file(digits: Path, tmp_path: Path) -> None:
     manifest = load_manifest(digits)
     val = manifest.split("val").shards
-    moved = Split.of((val[0]._replace(url="https://host/a.tar"), *val[1:]))
+    assert "mtime_ns" not in (digits / MANIFEST_NAME).read_text()
+    moved = Split.of((val[0]._replace(url="https://host/a.tar"), val[0]._replace(name="b.tar", url="/b", mtime_ns=7)))
     manifest = replace(manifest, splits={"val": moved}, stored={"resize": 64, "encoding": "png"})
     write_manifest(tmp_path, manifest)
     assert load_manifest(tmp_path) == manifest

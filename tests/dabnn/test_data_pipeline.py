@@ -21,6 +21,7 @@ from dabnn.data.draws import Draws, Purpose
 from dabnn.data.mixing import beta, cut_boxes
 from dabnn.data.pipeline import Pipeline, Prepared
 from dabnn.data.reader import SampleReader
+from dabnn.data.shard_cache import ShardCache
 from dabnn.data.shards import load_index
 from dabnn.data.transforms import CROPPING, NAMES, Transform, make_transform, resized_side
 from dabnn.errors import InvalidInputError
@@ -278,6 +279,40 @@ def test_a_cache_that_is_damaged_is_made_anew(data: Path, tmp_path: Path, conten
     second = open_decoded(tmp_path, 10**9, manifest, "train", 3)
     assert second is not None
     assert len(second.missing(np.arange(60))) == 60
+
+
+def test_pixels_of_a_damaged_shard_go_with_it(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    split = load_manifest(root).split("train")
+    shard, index = root / split.shards[0].name, load_index(root, split.shards[0])
+    good = shard.read_bytes()
+    bad = bytearray(good)
+    # A whole image in another's place: what is damaged here does decode.
+    other = min(range(1, len(index.sizes)), key=lambda position: index.sizes[position])
+    assert index.sizes[other] <= index.sizes[0]
+    start, size = index.offsets[other], index.sizes[other]
+    bad[index.offsets[0] : index.offsets[0] + size] = good[start : start + size]
+
+    def image(decoded_bytes: int) -> torch.Tensor:
+        cache = ShardCache(tmp_path / "cache" / "shards")
+        with open_stream(
+            root, "train", batch_size=1, shuffle=False, cache=cache, decoded_bytes=decoded_bytes
+        ) as stream:
+            return next(iter(stream)).images
+
+    before = image(10**9)
+    shard.write_bytes(bad)
+    os.utime(shard, ns=(0, 1))
+    assert not torch.equal(image(10**9), before)
+    shard.write_bytes(good)
+    assert torch.equal(image(10**9), before)
+    files = set((tmp_path / "cache" / "decoded").iterdir())
+    image(10**9)
+    assert set((tmp_path / "cache" / "decoded").iterdir()) == files
+    monkeypatch.setattr("PIL.__version__", "another")
+    image(10**9)
+    assert set((tmp_path / "cache" / "decoded").iterdir()) > files
 
 
 def test_images_of_several_sizes_or_too_many_bytes_are_not_cached(

@@ -271,6 +271,31 @@ def test_a_truncated_shard_is_named_at_open(data: Path, tmp_path: Path) -> None:
         open_stream(copy, "train", batch_size=16)
 
 
+def test_shards_that_were_written_to_since_they_were_indexed_are_refused(data: Path, tmp_path: Path) -> None:
+    source, dest = tmp_path / "theirs", tmp_path / "data"
+    source.mkdir()
+    for path in data.glob("*.tar"):
+        shutil.copy(path, source)
+    build_dataset(str(source), dest)
+    shard = load_manifest(dest).splits["val"].shards[0]
+    path = source / shard.name
+    assert (shard.url, shard.mtime_ns) == (str(path), path.stat().st_mtime_ns)
+    content = bytearray(path.read_bytes())
+    label = content.index(b"0" + bytes(511))
+    content[label : label + 1] = b"1"
+    path.write_bytes(content)
+    os.utime(path, ns=(0, 7))
+    with pytest.raises(
+        InvalidInputError, match=rf"^{path}: the source changed since it was indexed; run `dab data build` again"
+    ):
+        open_stream(dest, "val", batch_size=6, shuffle=False)
+    expected = load_manifest(dest).splits["val"].class_counts
+    found = build_dataset(str(source), dest).splits["val"].class_counts
+    assert found == (expected[0] - 1, expected[1] + 1, *expected[2:])
+    assert load_manifest(dest).splits["val"].shards[0].mtime_ns == 7
+    open_stream(dest, "val", batch_size=6, shuffle=False).close()
+
+
 def test_a_missing_index_is_named_at_open(data: Path, tmp_path: Path) -> None:
     copy, shard = damaged_copy(data, tmp_path)
     index_path(shard).unlink()
