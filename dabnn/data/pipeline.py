@@ -126,6 +126,10 @@ class Pipeline:
             weights,
         )
 
+    def prefetch(self, indices: NDArray[np.int64]) -> None:
+        """Begins to fetch what holds samples that are read soon, in this order, unless their pixels are there."""
+        self.reader.prefetch(indices if self.decoded is None else self.decoded.missing(indices))
+
     def close(self) -> None:
         """Closes the files; reading again opens them again."""
         self.reader.close()

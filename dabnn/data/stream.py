@@ -97,7 +97,7 @@ class Stream:
         self._is_finished = reader.is_finished
         self.bad, self._max_bad_fraction = BadSamples(), max_bad_fraction
         self._next = (0, 0)
-        requests = Requests(plan, reader.pipeline.reader)
+        requests = Requests(plan, reader.pipeline)
         self._loaders: Loaders | None = Loaders(reader, requests, num_loaders)
 
     def position(self) -> dict[str, int]:

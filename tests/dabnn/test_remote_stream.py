@@ -64,6 +64,29 @@ def test_a_stream_of_a_file_url_needs_no_cache(data: Path, tmp_path: Path) -> No
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("num_loaders", [0, 1])
+def test_shards_whose_images_are_all_kept_decoded_are_not_fetched(
+    tmp_path: Path, cache: ShardCache, num_loaders: int
+) -> None:
+    tree = write_tree(tmp_path / "images", num_train=35, size=(24, 24))
+    build_dataset(str(tree), tmp_path / "data", shard_bytes=20_000)
+    shards = load_manifest(tmp_path / "data").splits["train"].shards
+    with RangeServer(tmp_path / "data", tmp_path) as server:
+
+        def read() -> list[Batch]:
+            with open_stream(
+                server.url, "train", batch_size=12, cache=cache, decoded_bytes=10**9, num_loaders=num_loaders
+            ) as stream:
+                return list(stream.epoch(0))
+
+        first = read()
+        fetched = server.requests(".tar")
+        assert sorted(fetched) == [(shard.name, 0) for shard in shards]
+        shutil.rmtree(cache.folder)
+        assert_same(read(), first)
+        assert server.requests(".tar") == fetched
+
+
 def test_the_manifest_behind_a_url_is_the_same(data: Path, tmp_path: Path) -> None:
     with RangeServer(data, tmp_path) as server:
         assert load_manifest(server.url + "/").digest == load_manifest(data).digest
