@@ -147,6 +147,10 @@ class DecodedCache:
         missing: NDArray[np.int64] = indices[self._is_there[indices] == 0]
         return missing
 
+    def is_full(self) -> bool:
+        """Whether every sample is stored."""
+        return len(self.missing(np.arange(self._num_samples))) == 0
+
     def store(self, indices: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:
         """Stores decoded samples.
 

@@ -137,6 +137,12 @@ class Loaders:
             self._here = iter(self._requests)
         return self._reader[next(self._here)]
 
+    def begin_epoch(self) -> None:
+        """Read in this process from now on, where batches take longer to hand over than to make."""
+        if self._num_loaders and self._reader.pipeline.is_arithmetic:
+            self.move()
+            self._loader, self._num_loaders = None, 0
+
     def close(self) -> None:
         """End the loader processes and close the files."""
         self.move()

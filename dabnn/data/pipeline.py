@@ -126,6 +126,14 @@ class Pipeline:
             weights,
         )
 
+    @property
+    def is_arithmetic(self) -> bool:
+        """Whether all that is left to do for a batch is arithmetic on decoded images, a batch at a time."""
+        decoded, transform = self.decoded, self.transform
+        if decoded is None or transform.added.randaugment_ops or not transform.keeps(decoded.size):
+            return False
+        return decoded.is_full()
+
     def prefetch(self, indices: NDArray[np.int64]) -> None:
         """Begins to fetch what holds samples that are read soon, in this order, unless their pixels are there."""
         self.reader.prefetch(indices if self.decoded is None else self.decoded.missing(indices))

@@ -130,6 +130,7 @@ class Stream:
             DabError: A sample cannot be read; the message names it.
         """
         self.seek(epoch, start_step)
+        self._open().begin_epoch()
         for step in range(start_step, self.num_steps):
             answer = self._open().next(self._next)
             if isinstance(answer, DabError):

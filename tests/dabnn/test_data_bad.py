@@ -15,6 +15,7 @@ import torch
 from training import small_spec, torchrun
 
 from dabnn.data import Batch, load_manifest, loaders, open_stream
+from dabnn.data.shard_cache import ShardCache
 from dabnn.data.shards import load_index
 from dabnn.data.transforms import make_transform
 from dabnn.distributed import World
@@ -170,6 +171,26 @@ def test_loaders_take_over_at_any_step_without_a_trace(
         for one, other in zip(seen, plain.epoch(0), strict=True):
             assert torch.equal(one.indices, other.indices)
             assert torch.equal(one.images, other.images)
+
+
+@pytest.mark.parametrize(("name", "is_left_to_loaders"), [("crop_flip", False), ("imagenet", True)])
+def test_loaders_end_where_every_image_is_decoded_and_only_arithmetic_is_left(
+    small_digits: Path, tmp_path: Path, name: str, is_left_to_loaders: bool
+) -> None:
+    loaders.start_server(()).result()
+    transform = make_transform(name, input_size=8, in_channels=1, mean=(0.5,), std=(0.5,), training=True)
+    others = set(multiprocessing.active_children())
+    options = {"batch_size": 32, "transform": transform}
+    cached = {"num_loaders": 1, "decoded_bytes": 10**8, "cache": ShardCache(tmp_path / "shards")}
+    with (
+        open_stream(small_digits, "train", **options, **cached) as stream,
+        open_stream(small_digits, "train", **options) as plain,
+    ):
+        for epoch in range(3):
+            for one, other in zip(stream.epoch(epoch), plain.epoch(epoch), strict=True):
+                assert torch.equal(one.images, other.images)
+        has_loaders = bool(set(multiprocessing.active_children()) - others)
+    assert has_loaders == is_left_to_loaders
 
 
 def test_a_machine_that_starts_no_process_is_told(small_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
