@@ -380,3 +380,12 @@ def test_a_closed_stream_is_not_read(data: Path) -> None:
 def test_numbers_that_do_not_fit_are_refused(data: Path, arguments: dict[str, int], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         open_stream(data, "train", **arguments)
+
+
+def test_batches_that_are_read_here_leave_torch_its_threads(data: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert [torch.get_num_threads() for _ in open_stream(data, "train", batch_size=16).epoch(0)] == [3] * 7
+    finally:
+        torch.set_num_threads(before)
