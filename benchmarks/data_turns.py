@@ -123,6 +123,10 @@ def contenders(names: Sequence[str], root: Path, task: Task) -> Iterator[dict[st
             opened[name] = Contender(name, root, task)
             stack.callback(opened[name].close)
         refuse_if_wrong({name: contender.inspect() for name, contender in opened.items()}, task)
+        if DECODED in opened:
+            # An epoch leaves out the samples after its last full batch; by now each has been decoded.
+            opened[DECODED].epoch()
+            opened[DECODED].epoch()
         yield opened
 
 
