@@ -1,0 +1,63 @@
+"""Commands about packed models: export a run, evaluate a model, look at images with it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.arguments import Json, Run, TrackingUri
+from orchestrator.output import Output
+
+app = typer.Typer()
+
+
+@app.command("export", epilog="Example: dab export 3f2a -o model.safetensors")
+def export(
+    run: Run,
+    file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The packed model to write.")],
+    half: Annotated[bool, typer.Option("--half", help="Store scalars and float layers as float16.")] = False,
+    uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Write the packed model of a run's best checkpoint, checked against the trained network."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    out.result(*commands.export(uri, run, file, half=half, say=out.note))
+    out.hint("dab", "predict", str(file), "IMAGE")
+
+
+@app.command("evaluate", epilog="Example: dab evaluate model.safetensors --data digits")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN-or-FILE", help="A run, or a packed model.")],
+    data: Annotated[str | None, typer.Option(metavar="URL", help="Folder or URL whose split val is used.")] = None,
+    ten_crop: Annotated[
+        bool | None,
+        typer.Option(
+            "--ten-crop/--centre-crop",
+            help="Average ten crops of each image, or take the middle one; default as the run was configured, the "
+            "middle one for a file.",
+        ),
+    ] = None,
+    uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy on the split val."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    with out.progress(f"evaluate {target}", "images") as bar:
+        view = commands.evaluate(uri, target, data, ten_crop=ten_crop, on_batch=bar.update, say=out.note)
+    out.result(*view)
+
+
+@app.command("predict", epilog="Example: dab predict model.safetensors photo.png")
+def predict(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A packed model.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    as_json: Json = False,
+) -> None:
+    """Print the most probable classes of images."""
+    from orchestrator import commands
+
+    Output(is_json=as_json).result(*commands.predict(file, images))
