@@ -25,7 +25,7 @@ ROOMS = {
     "kernels": Room(frozenset({"torch", "triton", "numba", "llvmlite", "numpy"})),
     "dabnn": Room(
         frozenset({"kernels", "torch", "torchvision", "numpy", "safetensors"}),
-        frozenset({"webdataset", "PIL", "sklearn", "pyarrow", "scipy", "fsspec", "onnx"}),
+        frozenset({"webdataset", "PIL", "sklearn", "pyarrow", "scipy", "fsspec", "onnx", "onnxruntime"}),
     ),
     "orchestrator": Room(
         frozenset(
