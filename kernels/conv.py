@@ -26,10 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.derived import derived
 from kernels.packing import has_numba, is_plain_cpu, num_words, pack_signs, unpack_signs
 
 # Beyond this many taps a sum of signs need not be exact in float32.
 MAX_TAPS = 2**24 - 1
+
+# Alpha, beta and bias; for signs also the thresholds and which of them fall.
+_Scalars = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
 
 def packed_conv2d(
@@ -65,9 +69,8 @@ def packed_conv2d(
         ValueError: shapes, devices, stride or padding do not fit together, or the window has more than 2**24 - 1 taps.
     """
     steps, borders = _pair(stride), _pair(padding)
-    _check_tensors(bits, weight_bits, alpha, beta, bias)
-    _check_geometry(bits, weight_bits, in_channels, steps, borders)
     scalars = (_constant(alpha), _constant(beta), None if bias is None else _constant(bias))
+    _check(bits, weight_bits, scalars, in_channels, steps, borders)
     if is_plain_cpu(bits):
         return _packed_conv2d_cpu(bits, weight_bits, *scalars, in_channels, steps, borders)
     out: Tensor = torch.ops.dab.packed_conv2d(bits, weight_bits, *scalars, in_channels, steps, borders)
@@ -109,11 +112,9 @@ def packed_conv2d_signs(
         ValueError: as `packed_conv2d`, or threshold or falls have not one value a filter.
     """
     steps, borders = _pair(stride), _pair(padding)
-    _check_tensors(bits, weight_bits, alpha, beta, bias)
-    _check_geometry(bits, weight_bits, in_channels, steps, borders)
-    _check_threshold(weight_bits, threshold, falls)
     values = (_constant(alpha), _constant(beta), None if bias is None else _constant(bias))
     scalars = (*values, _constant(threshold), falls)
+    _check(bits, weight_bits, scalars, in_channels, steps, borders)
     if is_plain_cpu(bits):
         return _packed_conv2d_signs_cpu(bits, weight_bits, *scalars, in_channels, steps, borders)
     out: Tensor = torch.ops.dab.packed_conv2d_signs(bits, weight_bits, *scalars, in_channels, steps, borders)
@@ -157,15 +158,16 @@ def packed_conv2d_reference(
     return out if bias is None else out + bias.view(1, -1, 1, 1)
 
 
-def _empty_output(bits: Tensor, weight_bits: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+def _empty_rows(bits: Tensor, weight_bits: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Returns room for the output with its filters side by side, (N, H', W', F)."""
     height = output_size(bits.shape[1], weight_bits.shape[1], stride[0], padding[0])
     width = output_size(bits.shape[2], weight_bits.shape[2], stride[1], padding[1])
-    shape = (bits.shape[0], weight_bits.shape[0], height, width)
-    if bits.device.type != "cpu":
-        return bits.new_empty(shape, dtype=torch.float32)
-    # Filters lie side by side, as the kernel of the CPU makes them.
-    rows = bits.new_empty((shape[0], height, width, shape[1]), dtype=torch.float32)
-    return rows.permute(0, 3, 1, 2)
+    return bits.new_empty((bits.shape[0], height, width, weight_bits.shape[0]), dtype=torch.float32)
+
+
+def _empty_output(bits: Tensor, weight_bits: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    out = _empty_rows(bits, weight_bits, stride, padding).permute(0, 3, 1, 2)
+    return out if bits.device.type == "cpu" else torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
 def _packed_conv2d_fake(
@@ -191,13 +193,14 @@ def _packed_conv2d_cpu(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> Tensor:
-    out = _empty_output(bits, weight_bits, stride, padding)
     if not has_numba():
+        out = _empty_output(bits, weight_bits, stride, padding)
         return out.copy_(packed_conv2d_reference(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding))
     from kernels import conv_numba
 
-    conv_numba.launch(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding, out)
-    return out
+    rows = _empty_rows(bits, weight_bits, stride, padding)
+    conv_numba.launch_rows(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding, rows)
+    return rows.permute(0, 3, 1, 2)
 
 
 def _packed_conv2d_cuda(
@@ -272,6 +275,28 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 def _constant(tensor: Tensor) -> Tensor:
     """Returns the tensor without gradient: the very same object if it has none, by which `derived` knows it."""
     return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _check(
+    bits: Tensor,
+    weight_bits: Tensor,
+    scalars: _Scalars,
+    in_channels: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> None:
+    """Checks what does not fit together: once for filters and inputs of a shape, since it takes as long as a layer."""
+    tensors = [tensor for tensor in (weight_bits, *scalars) if tensor is not None]
+    key = (bits.dtype, bits.device, bits.shape, in_channels, stride, padding, scalars[2] is None)
+
+    def check() -> None:
+        alpha, beta, bias, *signs = scalars
+        _check_tensors(bits, weight_bits, alpha, beta, bias)
+        _check_geometry(bits, weight_bits, in_channels, stride, padding)
+        if signs:
+            _check_threshold(weight_bits, signs[0], signs[1])
+
+    derived("conv_checked", tensors, key, check)
 
 
 def _check_tensors(bits: Tensor, weight_bits: Tensor, alpha: Tensor, beta: Tensor, bias: Tensor | None) -> None:

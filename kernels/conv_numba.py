@@ -12,7 +12,7 @@ without VPOPCNTDQ runs the same code; LLVM then counts ones with byte shuffles, 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -68,9 +68,24 @@ def launch(
     """
     rows = out.permute(0, 2, 3, 1)
     target = rows if rows.is_contiguous() else rows.contiguous()
-    _launch(bits, weight_bits, (alpha, beta, bias), in_channels, _steps(stride, padding), target.numpy())
+    launch_rows(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding, target)
     if target is not rows:
         rows.copy_(target)
+
+
+def launch_rows(
+    bits: Tensor,
+    weight_bits: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    bias: Tensor | None,
+    in_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    rows: Tensor,
+) -> None:
+    """Writes the convolution into rows (N, H', W', F) float32, contiguous; all else as in `launch`."""
+    _launch(bits, weight_bits, (alpha, beta, bias), in_channels, _steps(stride, padding), rows.numpy())
 
 
 def launch_signs(
@@ -200,6 +215,28 @@ def _borders(
     return kinds, which.reshape(-1).astype(np.int64), (end - first).astype(np.int64)
 
 
+class _Plan(NamedTuple):
+    """What a convolution needs beside its input: the filters as the tiles read them, and where the windows lie."""
+
+    filters: _Filters
+    places: _Places
+    numbers: _Numbers
+
+
+def _plan(
+    weight_bits: Tensor,
+    scalars: _Scalars,
+    in_channels: int,
+    shape: tuple[int, int, int],
+    steps: tuple[int, int, int, int],
+) -> _Plan:
+    kernel = (weight_bits.shape[1], weight_bits.shape[2])
+    place = _geometry(shape, kernel, steps)
+    filters = _arrange(weight_bits, scalars, in_channels, place.valid)
+    places = (place.starts, place.kinds, place.places, place.rows, place.columns)
+    return _Plan(filters, places, (in_channels, _tail(in_channels), *kernel, *steps))
+
+
 def _launch(
     bits: Tensor,
     weight_bits: Tensor,
@@ -210,22 +247,18 @@ def _launch(
 ) -> None:
     if not out.size:
         return
-    words = bits.contiguous().numpy().view(np.uint32)
-    kernel = (weight_bits.shape[1], weight_bits.shape[2])
-    place = _geometry(words.shape[1:], kernel, steps)
-    key = (in_channels, words.shape[1:], steps, scalars[2] is None)
-    tensors = [tensor for tensor in (weight_bits, *scalars) if tensor is not None]
-    filters = derived("conv_numba", tensors, key, lambda: _arrange(weight_bits, scalars, in_channels, place.valid))
-    where = (place.starts, place.kinds, place.places, place.rows, place.columns)
-    numbers = (in_channels, _tail(in_channels), *kernel, *steps)
-    flat = out.reshape(len(words), -1, out.shape[3])
+    shape = (bits.shape[1], bits.shape[2], bits.shape[3])
+    tensors = [weight_bits, *(tensor for tensor in scalars if tensor is not None)]
+    key = (in_channels, shape, steps, scalars[2] is None)
+    plan = derived("conv_numba", tensors, key, lambda: _plan(weight_bits, scalars, in_channels, shape, steps))
+    words = bits.contiguous().numpy()
     num_threads = torch.get_num_threads()
-    if num_threads == 1 or flat.shape[0] * flat.shape[1] * filters[0].size < _PARALLEL_WORDS:
-        _convolve(words, filters, where, numbers, 1, flat)
+    if num_threads == 1 or out.size // out.shape[3] * plan.filters[0].size < _PARALLEL_WORDS:
+        _convolve(words, *plan, 1, out)
         return
     with torch_threads():
-        chunks = -(-num_threads * _TASKS_PER_THREAD // (len(words) * len(filters[0])))
-        _convolve_in_threads(words, filters, where, numbers, chunks, flat)
+        chunks = -(-num_threads * _TASKS_PER_THREAD // (len(words) * len(plan.filters[0])))
+        _convolve_in_threads(words, *plan, chunks, out)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -406,29 +439,31 @@ def _empty_images(
 
 @numba.njit(nogil=True, cache=True)
 def _convolve(
-    bits: NDArray[np.uint32],
+    words: NDArray[np.int32],
     filters: _Filters,
     places: _Places,
     numbers: _Numbers,
     num_chunks: int,
     out: NDArray[Any],
 ) -> None:
+    bits, rows = words.view(np.uint32), out.reshape(len(words), -1, out.shape[3])
     images = _empty_images(bits, places, numbers)
     for image in range(len(bits)):
         _prepare(bits[image], places, numbers, images[0][image], images[1][image])
     for task in range(len(bits) * len(filters[0]) * num_chunks):
-        _run_task(task, images, filters, places, num_chunks, out)
+        _run_task(task, images, filters, places, num_chunks, rows)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
 def _convolve_in_threads(
-    bits: NDArray[np.uint32],
+    words: NDArray[np.int32],
     filters: _Filters,
     places: _Places,
     numbers: _Numbers,
     num_chunks: int,
     out: NDArray[Any],
 ) -> None:
+    bits, rows = words.view(np.uint32), out.reshape(len(words), -1, out.shape[3])
     images = _empty_images(bits, places, numbers)
     if len(bits) == 1:  # not worth waking threads for
         _prepare(bits[0], places, numbers, images[0][0], images[1][0])
@@ -436,4 +471,4 @@ def _convolve_in_threads(
         for image in numba.prange(len(bits)):
             _prepare(bits[image], places, numbers, images[0][image], images[1][image])
     for task in numba.prange(len(bits) * len(filters[0]) * num_chunks):
-        _run_task(task, images, filters, places, num_chunks, out)
+        _run_task(task, images, filters, places, num_chunks, rows)

@@ -9,7 +9,7 @@ from torch import Tensor
 _Made = TypeVar("_Made")
 
 # Entries die with any of their tensors, so an id is never that of another tensor.
-_entries: dict[tuple[Hashable, ...], tuple[tuple[int, ...], Any, list["weakref.ref[Tensor]"]]] = {}
+_entries: dict[tuple[Hashable, ...], tuple[list[int], Any, list["weakref.ref[Tensor]"]]] = {}
 
 
 def derived(name: str, tensors: Sequence[Tensor], key: Hashable, make: Callable[[], _Made]) -> _Made:
@@ -24,18 +24,19 @@ def derived(name: str, tensors: Sequence[Tensor], key: Hashable, make: Callable[
     Returns:
         The result; it must not be changed.
     """
-    if any(tensor.is_inference() for tensor in tensors):
-        return make()
-    place = (name, key, *(id(tensor) for tensor in tensors))
-    versions = tuple(tensor._version for tensor in tensors)  # noqa: SLF001 - torch has no other name for it
+    place = (name, key, *map(id, tensors))
     found = _entries.get(place)
-    if found is not None and found[0] == versions:
+    # Tensors that count no writes have no entry, and cannot be asked for their count.
+    if found is not None and found[0] == [tensor._version for tensor in tensors]:  # noqa: SLF001 - torch has no other name
         made: _Made = found[1]
         return made
+    if any(tensor.is_inference() for tensor in tensors):
+        return make()
 
     def forget(_dead: "weakref.ref[Tensor]") -> None:
         _entries.pop(place, None)
 
     made = make()
+    versions = [tensor._version for tensor in tensors]  # noqa: SLF001
     _entries[place] = (versions, made, [weakref.ref(tensor, forget) for tensor in tensors])
     return made

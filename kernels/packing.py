@@ -6,6 +6,7 @@ is exact. Left out: packing of several pixels to a word for fewer than 32 channe
 """
 
 import importlib.util
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ def num_words(channels: int) -> int:
     return -(-channels // WORD_BITS)
 
 
+@lru_cache(maxsize=1)
 def has_numba() -> bool:
     """Returns whether the Numba kernels can be imported; without Numba the CPU runs the reference."""
     return importlib.util.find_spec("numba") is not None
