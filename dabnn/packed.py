@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from dabnn.fusion import fuse
 from dabnn.layers import BinaryConv2d
 from dabnn.models import ModelSpec, Network, build
 from dabnn.models.folding import SignThreshold, find_threshold, fold, sign_norms, unfold
+from dabnn.models.network import check_image_shape
 from dabnn.models.table import float_bytes
 from dabnn.packed_conv import PackedConv2d
+from dabnn.packed_place import check_device, check_dtype, place
 from dabnn.quantizers import expand
 
 # Of a layer with binary weights: what its bits, alpha and beta stand for.
@@ -56,6 +58,7 @@ class PackedModel:
         float_bytes: Bytes of the same network with all weights and BN statistics in float32 (`dabnn.models.table`).
         classes: Class names in the order of the logits, or None.
         normalization: What to do to images first, or None if unknown; their size is `spec.input_size`.
+        dtype: In which the float layers run; logits come in it.
     """
 
     net: Network
@@ -64,6 +67,7 @@ class PackedModel:
     float_bytes: int
     classes: tuple[str, ...] | None = None
     normalization: Normalization | None = None
+    dtype: torch.dtype = torch.float32
     _fused: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @torch.inference_mode()
@@ -72,18 +76,64 @@ class PackedModel:
 
         The network runs channels-last, in which packed signs come and go without a transposition. Float layers round
         differently there: the same logits, bit for bit, are those of the trained network on channels-last images.
+
+        Args:
+            images: float32, or in the model's `dtype`; on its device, in any strides.
+
+        Raises:
+            InvalidInputError: The images have another type, device, number of channels or size.
         """
-        logits: Tensor = self.running()(images.contiguous(memory_format=torch.channels_last))
+        self._check_images(images)
+        logits: Tensor = self.running()(images.to(self.dtype, memory_format=torch.channels_last))
         return logits
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedModel":
+        """Return this model on another device, with its float layers in another type; `save` writes the same file.
+
+        Bits, scalars, thresholds and batch normalisation keep their types (`dabnn.packed_place`). In bfloat16 and
+        float16 the logits are rounded accordingly, and come in that type.
+
+        Args:
+            device: Such as "cuda" or "cpu".
+            dtype: float32, bfloat16 or float16; None as it is.
+
+        Raises:
+            InvalidInputError: There is no such device, or the type is another one.
+        """
+        target = check_dtype(self.dtype if dtype is None else dtype), check_device(device)
+        # Anew from the file's tensors: what was rounded once would stay so.
+        model = _assemble("net", asdict(self.spec), self.tensors, self.classes, self.normalization)
+        return replace(model, net=place(model.net, target[1], target[0]), dtype=target[0])
 
     def running(self) -> Network:
         """Return the form in which the network runs (`dabnn.fusion`), on the device where it is."""
-        device = next(self.net.parameters()).device
+        device = self.device
         if self._fused.get("device") != device:
             with torch.inference_mode(False):  # of tensors made in it nothing rearranged is kept
                 self._fused.update(device=device, net=fuse(self.net))
         net: Network = self._fused["net"]
         return net
+
+    def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise InvalidInputError(f"images: a {type(images).__name__}. Give a torch tensor (N, C, H, W).")
+        check_image_shape(self.spec, images)
+        if images.dtype not in (torch.float32, self.dtype):
+            raise InvalidInputError(
+                f"images: {images.dtype}, and this model takes normalized images in torch.float32"
+                f"{'' if self.dtype == torch.float32 else f' or {self.dtype}'}. Normalize bytes first, convert other "
+                "floats with .float()."
+            )
+        if images.device != self.device:
+            raise InvalidInputError(
+                f"images: on {images.device}, and the model is on {self.device}. Move the images there, or the model "
+                "with .to(device)."
+            )
 
     @property
     def is_half(self) -> bool:
@@ -209,7 +259,7 @@ def _assemble(
     for path, (_, is_sign) in norms.items():
         net.set_submodule(path, _packed_norm(path, tensors, is_sign=is_sign))
     net.eval().requires_grad_(False)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch declares it for Module only
+    place(net, torch.device("cpu"), torch.float32)
     return PackedModel(net, net.spec, tensors, num_bytes, classes, normalization)
 
 

@@ -25,6 +25,7 @@ class PackedConv2d(nn.Module):
         input_shift: (C,) float32 with rsign inputs, else None.
         threshold: (F,) float32, of the signs that `emit` asked for, else None.
         falls: (F,) bool, likewise.
+        dtype: of the output where the input comes packed; rounded once, at the end.
     """
 
     weight_bits: Tensor
@@ -55,6 +56,7 @@ class PackedConv2d(nn.Module):
         self.input_quantizer = layer.options.input_quantizer
         self.register_buffer("threshold", None)
         self.register_buffer("falls", None)
+        self.dtype = torch.float32
 
     def emit(self, threshold: Tensor, falls: Tensor) -> None:
         """Return packed signs from now on: bit f of a value y is (y >= threshold[f]) xor falls[f], both (F,)."""
@@ -63,22 +65,23 @@ class PackedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of the binary form of x (N, C, H, W), or of packed signs."""
         if x.dtype == torch.int32:
-            return self._convolve_bits(x, self.bias)
+            return self._convolve_bits(x, self.bias, self.dtype)
         code = input_code(x.float(), self.input_quantizer, self.input_shift)
         if code.scale is None or code.offset is None:
-            y = self._convolve(code.real, self.bias)
-            return y if self.threshold is not None else y.to(x.dtype)
+            return self._convolve(code.real, self.bias, x.dtype)
         y = code.scale * self._convolve(code.real, None)
         y = y + code.offset * self._convolve(torch.ones_like(code.real[:1]), None)
         return (y if self.bias is None else y + self.bias.view(-1, 1, 1)).to(x.dtype)
 
-    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._convolve_bits(pack_signs(x), bias)
+    def _convolve(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._convolve_bits(pack_signs(x), bias, dtype)
 
-    def _convolve_bits(self, bits: Tensor, bias: Tensor | None) -> Tensor:
+    def _convolve_bits(self, bits: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return the values in `dtype`, or the signs that `emit` asked for."""
         filters = (bits, self.weight_bits, self.alpha, self.beta, bias)
         if self.threshold is None or self.falls is None:
-            return packed_conv2d(*filters, in_channels=self.in_channels, stride=self.stride, padding=self.padding)
+            y = packed_conv2d(*filters, in_channels=self.in_channels, stride=self.stride, padding=self.padding)
+            return y.to(dtype)
         return packed_conv2d_signs(
             *filters,
             self.threshold,

@@ -74,11 +74,20 @@ class Network(Chain):
         Raises:
             InvalidInputError: if the images have another number of channels or another size.
         """
-        expected = (self.spec.in_channels, self.spec.input_size, self.spec.input_size)
-        if input.dim() != 4 or tuple(input.shape[1:]) != expected:
-            raise InvalidInputError(
-                f"images: shape {tuple(input.shape)} does not fit this {self.spec.name}, which takes (N, "
-                f"{', '.join(map(str, expected))}). Resize the images, or build the model with other model.in_channels "
-                "and model.input_size."
-            )
+        check_image_shape(self.spec, input)
         return super().forward(input)
+
+
+def check_image_shape(spec: ModelSpec, images: Tensor) -> None:
+    """Refuse images that are not (N, in_channels, input_size, input_size) of a network's specification.
+
+    Raises:
+        InvalidInputError: They have another number of channels or another size.
+    """
+    expected = (spec.in_channels, spec.input_size, spec.input_size)
+    if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+        raise InvalidInputError(
+            f"images: shape {tuple(images.shape)} does not fit this {spec.name}, which takes (N, "
+            f"{', '.join(map(str, expected))}). Resize the images, or build the model with other model.in_channels "
+            "and model.input_size."
+        )
