@@ -29,13 +29,13 @@ def launch(x: Tensor, bits: Tensor) -> None:
         bits: (N, H, W, ceil(C / 32)) int32, contiguous, overwritten.
     """
     # float64 stays as it is: a negative value under float32's range would become -0.0, which counts as >= 0.
-    real = x if x.dtype == torch.float64 else x.to(torch.float32)
+    real = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
     rows = real.permute(0, 2, 3, 1)
     if rows.is_contiguous() and real.dtype == torch.float32:
         _launch_pixels(rows, *_zeros(x.shape[1]), bits)
-    else:
-        with torch_threads():
-            _pack_rows(real.contiguous().numpy(), bits.numpy().view(np.uint32))
+        return
+    with torch_threads():
+        _pack_rows(real.contiguous().numpy(), bits.numpy().view(np.uint32))
 
 
 def launch_reached(x: Tensor, threshold: Tensor, falls: Tensor, bits: Tensor) -> None:
@@ -52,11 +52,13 @@ def launch_reached(x: Tensor, threshold: Tensor, falls: Tensor, bits: Tensor) ->
         return
     rows = x.permute(0, 2, 3, 1).contiguous()
     words = derived("packing_numba", [falls], None, lambda: _fall_words(falls))
-    _launch_pixels(rows, threshold.numpy(), words, bits)
+    _launch_pixels(rows, threshold.contiguous().numpy(), words, bits)
 
 
 @lru_cache(maxsize=64)
 def _zeros(channels: int) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
+    """Returns thresholds and falls of signs: for whole words those of one word, which is as good as all."""
+    channels = channels if channels % WORD_BITS else WORD_BITS
     return np.zeros(channels, np.float32), np.zeros(-(-channels // WORD_BITS), np.uint32)
 
 
@@ -68,7 +70,7 @@ def _fall_words(falls: Tensor) -> NDArray[np.uint32]:
 
 
 def _launch_pixels(rows: Tensor, thresholds: NDArray[np.float32], falls: NDArray[np.uint32], bits: Tensor) -> None:
-    arguments = (rows.numpy(), np.ascontiguousarray(thresholds), falls, bits.numpy().view(np.uint32))
+    arguments = (rows.numpy(), thresholds, falls, bits.numpy())
     if torch.get_num_threads() == 1 or rows.numel() < _PARALLEL_VALUES:
         _pack_pixels(*arguments)
         return
@@ -82,6 +84,13 @@ def _pack_line(
 ) -> None:
     channels = pixels.shape[1]
     address, least = np.int64(pixels.ctypes.data), np.int64(thresholds.ctypes.data)
+    if channels % WORD_BITS == 0:
+        period, flat = len(falls), words.reshape(-1)
+        for first in range(0, len(flat), period):
+            for word in range(period):
+                place = (first + word) * WORD_BITS * 4
+                flat[first + word] = reached_of_32(address + place, least + word * WORD_BITS * 4) ^ falls[word]
+        return
     for column in range(len(pixels)):
         for word in range(channels // WORD_BITS):
             start = word * WORD_BITS
@@ -97,20 +106,19 @@ def _pack_line(
 
 @numba.njit(nogil=True, cache=True)
 def _pack_pixels(
-    x: NDArray[np.float32], thresholds: NDArray[np.float32], falls: NDArray[np.uint32], bits: NDArray[np.uint32]
+    x: NDArray[np.float32], thresholds: NDArray[np.float32], falls: NDArray[np.uint32], bits: NDArray[np.int32]
 ) -> None:
-    for image in range(len(x)):
-        for y in range(x.shape[1]):
-            _pack_line(x[image, y], thresholds, falls, bits[image, y])
+    pixels, words = x.reshape(-1, x.shape[3]), bits.view(np.uint32).reshape(-1, bits.shape[3])
+    _pack_line(pixels, thresholds, falls, words)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
 def _pack_pixels_in_threads(
-    x: NDArray[np.float32], thresholds: NDArray[np.float32], falls: NDArray[np.uint32], bits: NDArray[np.uint32]
+    x: NDArray[np.float32], thresholds: NDArray[np.float32], falls: NDArray[np.uint32], bits: NDArray[np.int32]
 ) -> None:
     for row in numba.prange(x.shape[0] * x.shape[1]):
         image, y = row // x.shape[1], row % x.shape[1]
-        _pack_line(x[image, y], thresholds, falls, bits[image, y])
+        _pack_line(x[image, y], thresholds, falls, bits[image, y].view(np.uint32))
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
