@@ -10,6 +10,7 @@ from kernels.dab import dab_threshold, quantize_dab
 from kernels.dab_warm import dab_threshold_warm
 from kernels.dense import two_valued
 from kernels.packing import pack_reached, pack_signs, unpack_signs
+from kernels.pool import pool_bits
 
 __all__ = [
     "dab_threshold",
@@ -18,6 +19,7 @@ __all__ = [
     "pack_signs",
     "packed_conv2d",
     "packed_conv2d_signs",
+    "pool_bits",
     "quantize_dab",
     "two_valued",
     "unpack_signs",
