@@ -1,31 +1,45 @@
 """The form in which a packed network runs: signs stay bits from one binary convolution to the next.
 
-Two rewrites, neither of which changes a bit of the result:
+What nothing but a threshold reads, up to the convolution or branch that it comes from, need not be a number. The
+rewrites, none of which changes a bit of the result in float32:
 
 - threshold, convolution: the threshold packs the bits that the convolution reads, and writes no +-1.
-- convolution, [ReLU], [dropout], threshold, convolution: the first one writes the bits itself. A ReLU between them only
-  makes thresholds of 0 and below reached always: relu(y) >= t is y >= t for t > 0, and true for t <= 0.
+- convolution, threshold: the convolution writes the bits itself, and never its values.
+- BN, ReLU or RPReLU before a threshold: each is monotone a channel, so one threshold of what goes in stands for all of
+  them. It is read off the modules themselves (`dabnn.models.folding.least_reached`), their rounding included. A ReLU
+  alone makes thresholds of 0 and below reached always: relu(y) >= t is y >= t for t > 0, and true for t <= 0.
+- max pooling before a threshold: the bits are pooled instead (`kernels.pool_bits`).
 
-Where a value is read by anything else, such as a shortcut, a pooling or a real-valued layer, it is written as before.
+Of what is left, modules that do nothing in evaluation go, and a ReLU that alone reads its input writes into it. Where a
+value is read by anything else, such as a shortcut, an average or a real-valued layer, it is written as before. In
+bfloat16 and float16 the signs that a convolution writes are those of its float32 values, before rounding.
 """
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dabnn.activations import RPReLU
 from dabnn.models import Network
 from dabnn.models.blocks import Chain, Shortcut
-from dabnn.models.folding import SignThreshold
+from dabnn.models.folding import SignThreshold, least_reached
 from dabnn.packed_conv import PackedConv2d
-from kernels import pack_reached
+from kernels import pack_reached, pack_signs, pool_bits
 
-_PASSING = (nn.ReLU, nn.Dropout, nn.Dropout2d, nn.Identity)
+_IDLE = (nn.Dropout, nn.Dropout2d, nn.Identity)
+# Where a sign is searched for, images of this size: torch's evaluation of single positions takes another path.
+_MAP = (4, 4)
+
+_Stage = tuple[str, nn.Module]
 
 
 class PackReached(nn.Module):
-    """A `SignThreshold` whose signs are packed: x (N, C, H, W) -> (N, H, W, ceil(C / 32)) int32.
+    """A threshold whose signs are packed: x (N, C, H, W) -> (N, H, W, ceil(C / 32)) int32.
+
+    Bit c of a value x is (x >= threshold[c]) xor falls[c].
 
     Attributes:
         threshold: (C,) float32.
@@ -35,14 +49,40 @@ class PackReached(nn.Module):
     threshold: Tensor
     falls: Tensor
 
-    def __init__(self, norm: SignThreshold) -> None:
+    def __init__(self, threshold: Tensor, falls: Tensor) -> None:
         super().__init__()
-        self.register_buffer("threshold", norm.threshold)
-        self.register_buffer("falls", norm.falls)
+        self.register_buffer("threshold", threshold)
+        self.register_buffer("falls", falls)
+        self._rounded: dict[torch.dtype, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the packed signs."""
-        return pack_reached(x, self.threshold.to(x.dtype), self.falls)
+        if x.dtype == torch.float32:
+            return pack_reached(x, self.threshold, self.falls)
+        if x.dtype not in self._rounded:
+            self._rounded[x.dtype] = _rounded_up(self.threshold, x.dtype)
+        return pack_reached(x, self._rounded[x.dtype], self.falls)
+
+
+class PoolBits(nn.Module):
+    """Max pooling of packed signs: (N, H, W, words) int32 -> (N, H', W', words).
+
+    Attributes:
+        is_and_bits: (words,) int32, the channels whose bit is 1 below a threshold.
+    """
+
+    is_and_bits: Tensor
+
+    def __init__(self, pool: nn.MaxPool2d, falls: Tensor) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = (_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding))
+        self.ceil_mode = pool.ceil_mode
+        self.register_buffer("is_and_bits", pack_signs(torch.where(falls, 1.0, -1.0).view(1, -1, 1, 1)).view(-1))
+
+    def forward(self, bits: Tensor) -> Tensor:
+        """Return the pooled bits."""
+        windows = (self.kernel, self.stride, self.padding)
+        return pool_bits(bits, self.is_and_bits, *windows, ceil_mode=self.ceil_mode)
 
 
 def fuse(net: Network) -> Network:
@@ -52,51 +92,128 @@ def fuse(net: Network) -> Network:
         net: The network of a `dabnn.packed.PackedModel`.
 
     Returns:
-        The copy: the same logits bit for bit, for inference only.
+        The copy: in float32 the same logits bit for bit, for inference only.
     """
     shared = {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]}
     fused = copy.deepcopy(net, shared)
     for chain in [module for module in fused.modules() if isinstance(module, Chain)]:
-        _fuse_chain(chain)
+        starts = {module.start for module in chain if isinstance(module, Shortcut)}
+        stages = _without_idle(list(chain.named_children()), starts)
+        index = 1
+        while index < len(stages):
+            stages, index = _fused_before(stages, index, starts)
+        _write_in_place(stages, starts)
+        _replace(chain, stages)
     return fused
 
 
-def _fuse_chain(chain: Chain) -> None:
-    starts = {module.start for module in chain if isinstance(module, Shortcut)}
-    stages = list(chain.named_children())
-    for index, (name, norm) in enumerate(stages[:-1]):
-        next_name, conv = stages[index + 1]
-        if not isinstance(norm, SignThreshold) or not isinstance(conv, PackedConv2d) or next_name in starts:
-            continue
-        before = _source(stages[:index], starts, is_read=name in starts)
-        if before is None:
-            setattr(chain, name, PackReached(norm))
-            continue
-        source, between = before
-        source.emit(_after(norm.threshold, [module for _, module in between]), norm.falls)
-        for passed, _ in [*between, (name, norm)]:
-            setattr(chain, passed, nn.Identity())
+def _replace(chain: Chain, stages: Sequence[_Stage]) -> None:
+    for name in [name for name, _ in chain.named_children()]:
+        delattr(chain, name)
+    for name, module in stages:
+        chain.add_module(name, module)
 
 
-def _source(
-    stages: Sequence[tuple[str, nn.Module]], starts: set[str], *, is_read: bool
-) -> tuple[PackedConv2d, list[tuple[str, nn.Module]]] | None:
-    """Return the convolution whose output nothing but the threshold after `stages` reads, and what lies between."""
-    between: list[tuple[str, nn.Module]] = []
-    for name, module in reversed(stages):
-        if is_read:
-            return None
-        if isinstance(module, PackedConv2d):
-            return module, between
-        if not isinstance(module, _PASSING):
-            return None
-        between.append((name, module))
-        is_read = name in starts
-    return None
+def _without_idle(stages: Sequence[_Stage], starts: set[str]) -> list[_Stage]:
+    return [(name, module) for name, module in stages if name in starts or not isinstance(module, _IDLE)]
 
 
-def _after(threshold: Tensor, between: Sequence[nn.Module]) -> Tensor:
-    """Return the threshold of a value that gives the same bit as `threshold` does after what lies between."""
-    if not any(isinstance(module, nn.ReLU) for module in between):
-        return threshold
-    return torch.where(threshold <= 0, -torch.inf, threshold)
+def _fused_before(stages: list[_Stage], index: int, starts: set[str]) -> tuple[list[_Stage], int]:
+    """Fuse what the convolution at `index` reads; return the stages, and the place after that convolution."""
+    (norm_name, norm), (name, conv) = stages[index - 1], stages[index]
+    if not isinstance(norm, SignThreshold) or not isinstance(conv, PackedConv2d) or name in starts:
+        return stages, index + 1
+    first = _first_unread(stages, index - 1, starts)
+    threshold, falls = norm.threshold, norm.falls
+    pools: list[_Stage] = []
+    moved: list[nn.Module] = []
+    is_source = first > 0 and _gives_signs(stages[first - 1][1]) and stages[first][0] not in starts
+    dtype = torch.float32 if is_source else conv.dtype
+    for passed_name, module in reversed(stages[first : index - 1]):
+        if isinstance(module, nn.MaxPool2d):
+            threshold, falls = _before(moved, threshold, falls, dtype)
+            moved = []
+            pools.insert(0, (passed_name, PoolBits(module, falls)))
+        else:
+            moved.insert(0, module)
+    threshold, falls = _before(moved, threshold, falls, dtype)
+    packing: list[_Stage] = []
+    source = stages[first - 1][1]
+    if is_source and isinstance(source, PackedConv2d):
+        source.emit(threshold, falls)
+    else:
+        first_name = stages[first][0]
+        packing = [(first_name if first_name in starts else norm_name, PackReached(threshold, falls))]
+    fused = [*stages[:first], *packing, *pools]
+    return [*fused, *stages[index:]], len(fused) + 1
+
+
+def _first_unread(stages: Sequence[_Stage], last: int, starts: set[str]) -> int:
+    """Return the earliest stage from where on, up to `last`, all are monotone or a pooling and nothing else reads."""
+    first = last
+    while first > 0 and stages[first][0] not in starts and _may_pass(stages[first - 1][1]):
+        first -= 1
+    return first
+
+
+def _may_pass(module: nn.Module) -> bool:
+    if isinstance(module, nn.MaxPool2d):
+        return _pair(module.dilation) == (1, 1) and not module.return_indices
+    if isinstance(module, RPReLU):
+        return bool((module.slope >= 0).all())
+    return isinstance(module, nn.ReLU | nn.BatchNorm2d)
+
+
+def _gives_signs(module: nn.Module) -> bool:
+    """Return whether the module can return packed signs in place of its values."""
+    return isinstance(module, PackedConv2d) and module.input_quantizer != "two_valued"
+
+
+def _before(moved: Sequence[nn.Module], threshold: Tensor, falls: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return threshold and falls, before some modules, of the bit that the given ones have after them."""
+    if not moved:
+        return threshold, falls
+    if all(isinstance(module, nn.ReLU) for module in moved):
+        return torch.where(threshold <= 0, -torch.inf, threshold), falls
+    evaluate = _evaluation(moved, dtype)
+
+    def bit(x: Tensor) -> Tensor:
+        return (evaluate(x) >= threshold) ^ falls
+
+    largest = torch.full_like(threshold, torch.finfo(dtype).max)
+    falls_before = bit(-largest) & ~bit(largest)
+    return least_reached(lambda x: bit(x) ^ falls_before, largest), falls_before
+
+
+def _evaluation(modules: Sequence[nn.Module], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return the function (C,) -> (C,) float32 that modules are, one value a channel, where values are of `dtype`."""
+
+    def evaluate(x: Tensor) -> Tensor:
+        images = x.to(dtype).view(1, -1, 1, 1).expand(1, -1, *_MAP).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            for module in modules:
+                images = module(images)
+        return images[0, :, 0, 0].float()
+
+    return evaluate
+
+
+def _write_in_place(stages: Sequence[_Stage], starts: set[str]) -> None:
+    """Let a ReLU write into its input where a module just made that and nothing else reads it."""
+    makers = (nn.Conv2d, PackedConv2d, nn.BatchNorm2d, Shortcut)
+    for (_, before), (name, module) in itertools.pairwise(stages):
+        if isinstance(module, nn.ReLU) and isinstance(before, makers) and name not in starts:
+            module.inplace = True
+
+
+def _rounded_up(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the least values of `dtype`, of 16 bits, that are no less than `threshold` (C,) float32."""
+    rounded = threshold.to(dtype)
+    # In the order of all values of a type, the next larger one is the next integer where positive.
+    keys = rounded.view(torch.int16)
+    larger = torch.where(rounded > 0, keys + 1, torch.where(rounded < 0, keys - 1, 1)).to(torch.int16).view(dtype)
+    return torch.where(rounded.float() < threshold, larger, rounded)
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

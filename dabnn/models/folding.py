@@ -20,6 +20,7 @@ from dabnn.models.blocks import Chain, Shortcut
 
 # Positions a channel, since torch's evaluation of single ones takes another path.
 _MAP = (4, 4)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class SignThreshold(nn.Module):
@@ -86,19 +87,29 @@ def find_threshold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     scale, _ = fold(norm)
     falls = scale < 0
     evaluate = _evaluation(norm)
+    return least_reached(lambda x: (evaluate(x) >= 0) ^ falls, torch.full_like(scale, _LARGEST)), falls
 
-    def is_reached(key: Tensor) -> Tensor:
-        return (evaluate(_float(key)) >= 0) ^ falls
 
-    highest = torch.full_like(scale, _key(torch.tensor(torch.finfo(torch.float32).max)), dtype=torch.int64)
+@torch.no_grad()
+def least_reached(is_reached: Callable[[Tensor], Tensor], largest: Tensor) -> Tensor:
+    """Return the least float32 a channel from where a condition holds, by bisection over all of them.
+
+    Args:
+        is_reached: (C,) float32 to (C,) bool; once true in a channel, it stays so for all that is larger.
+        largest: (C,) float32, one value: search from its negative to it.
+
+    Returns:
+        (C,) float32; -inf where the condition always holds, inf where it never does.
+    """
+    highest = torch.full_like(largest, _key(largest[0]), dtype=torch.int64)
     low, high = -highest, highest + 1
-    always = is_reached(low)
+    always = is_reached(_float(low))
     while bool((high - low > 1).any()):
         middle = (low + high) // 2
-        reached = is_reached(middle)
+        reached = is_reached(_float(middle))
         low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
     threshold = torch.where(high > highest, torch.inf, _float(high.minimum(highest)))
-    return torch.where(always, -torch.inf, threshold), falls
+    return torch.where(always, -torch.inf, threshold)
 
 
 def _evaluation(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
