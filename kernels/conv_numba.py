@@ -16,20 +16,20 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-import torch
+from numba import types
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.derived import derived
-from kernels.numba_threads import torch_threads
 from kernels.packing import WORD_BITS
+from kernels.team import next_task, runtime_address, team_of, team_size, worker_address
 from kernels.vector_ir import TILE_FILTERS, TILE_PIXELS, convolve_tile, count_ones
 
 _WORD_BYTES = 4
 # Tasks a thread, so that the last one is not waited for.
 _TASKS_PER_THREAD = 4
-# Words of input and weight that meet, from where on threads gain more than they cost to wake (2 cores, AMD EPYC).
-_PARALLEL_WORDS = 2**21
+# Words of input and weight that meet, from where on a team is worth calling (2 cores, AMD EPYC).
+_TEAM_WORDS = 2**20
 # Rows of scalars for values; signs have two more.
 _VALUE_ROWS = 3
 # As a bias it adds nothing, not even to a negative zero.
@@ -252,13 +252,13 @@ def _launch(
     key = (in_channels, shape, steps, scalars[2] is None)
     plan = derived("conv_numba", tensors, key, lambda: _plan(weight_bits, scalars, in_channels, shape, steps))
     words = bits.contiguous().numpy()
-    num_threads = torch.get_num_threads()
-    if num_threads == 1 or out.size // out.shape[3] * plan.filters[0].size < _PARALLEL_WORDS:
-        _convolve(words, *plan, 1, out)
+    num_threads = team_size()
+    if num_threads == 1 or out.size // out.shape[3] * plan.filters[0].size < _TEAM_WORDS:
+        _convolve(words, *plan, out)
         return
-    with torch_threads():
-        chunks = -(-num_threads * _TASKS_PER_THREAD // (len(words) * len(plan.filters[0])))
-        _convolve_in_threads(words, *plan, chunks, out)
+    chunks = -(-num_threads * _TASKS_PER_THREAD // (len(words) * len(plan.filters[0])))
+    worker = worker_address(_work_on_values if out.dtype == np.float32 else _work_on_signs)
+    _convolve_in_team(words, *plan, chunks, out, (runtime_address(), worker, num_threads))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -443,32 +443,74 @@ def _convolve(
     filters: _Filters,
     places: _Places,
     numbers: _Numbers,
-    num_chunks: int,
     out: NDArray[Any],
 ) -> None:
     bits, rows = words.view(np.uint32), out.reshape(len(words), -1, out.shape[3])
     images = _empty_images(bits, places, numbers)
     for image in range(len(bits)):
         _prepare(bits[image], places, numbers, images[0][image], images[1][image])
-    for task in range(len(bits) * len(filters[0]) * num_chunks):
-        _run_task(task, images, filters, places, num_chunks, rows)
+    for task in range(len(bits) * len(filters[0])):
+        _run_task(task, images, filters, places, 1, rows)
 
 
-@numba.njit(parallel=True, nogil=True, cache=True)
-def _convolve_in_threads(
+def _array(dtype: Any, num_dims: int) -> Any:
+    return types.Array(dtype, num_dims, "C")
+
+
+def _team_arguments(out: Any) -> list[Any]:
+    """Returns the Numba types of what a thread of a team works on, in the order of `_work`."""
+    of: Any = types.Tuple
+    whole = _array(types.int64, 1)
+    images = of([_array(types.uint32, 4), _array(types.float32, 2)])
+    filters = of([_array(types.uint32, 4), _array(types.float32, 3), _array(types.int32, 2)])
+    numbers = of([types.int64, types.uint32, *[types.int64] * 6])
+    return [whole, _array(types.uint32, 4), images, filters, of([whole] * 5), numbers, types.int64, _array(out, 3)]
+
+
+_run_team, _value_arguments, _sign_arguments = team_of(_team_arguments(types.float32), _team_arguments(types.uint32))
+
+
+@numba.njit(nogil=True, cache=True)
+def _work(arguments: Any) -> None:
+    """Prepares images, or without chunks convolves them, as long as there are any left."""
+    counter, bits, images, filters, places, numbers, num_chunks, out = arguments
+    num_tasks = len(bits) * (len(filters[0]) * num_chunks if num_chunks else 1)
+    while True:
+        task = next_task(_address(counter))
+        if task >= num_tasks:
+            return
+        if num_chunks:
+            _run_task(task, images, filters, places, num_chunks, out)
+        else:
+            _prepare(bits[task], places, numbers, images[0][task], images[1][task])
+
+
+def _work_on_values(data: Any) -> None:
+    _work(_value_arguments(data))
+
+
+def _work_on_signs(data: Any) -> None:
+    _work(_sign_arguments(data))
+
+
+@numba.njit(nogil=True, cache=True)
+def _convolve_in_team(
     words: NDArray[np.int32],
     filters: _Filters,
     places: _Places,
     numbers: _Numbers,
     num_chunks: int,
     out: NDArray[Any],
+    team: tuple[int, int, int],
 ) -> None:
     bits, rows = words.view(np.uint32), out.reshape(len(words), -1, out.shape[3])
     images = _empty_images(bits, places, numbers)
-    if len(bits) == 1:  # not worth waking threads for
+    runtime, worker, num_threads = team
+    if len(bits) == 1:
         _prepare(bits[0], places, numbers, images[0][0], images[1][0])
     else:
-        for image in numba.prange(len(bits)):
-            _prepare(bits[image], places, numbers, images[0][image], images[1][image])
-    for task in numba.prange(len(bits) * len(filters[0]) * num_chunks):
-        _run_task(task, images, filters, places, num_chunks, rows)
+        _run_team(
+            runtime, worker, num_threads, (np.zeros(1, np.int64), bits, images, filters, places, numbers, 0, rows)
+        )
+    counter = np.zeros(1, np.int64)
+    _run_team(runtime, worker, num_threads, (counter, bits, images, filters, places, numbers, num_chunks, rows))
