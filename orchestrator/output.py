@@ -12,13 +12,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
 from dabnn.errors import DabError as DabError  # the command line meets our failures here; it may not import dabnn
-
-# The JSON document of a result, and its text for a person.
-View = tuple[dict[str, Any], str]
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -30,10 +28,12 @@ class Table:
     Attributes:
         columns: Headings.
         rows: One sequence of cells a row, as long as `columns`.
+        styles: How a terminal shows each row, as rich names it, such as "yellow"; fewer than rows: plain.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
+    styles: Sequence[str] = ()
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> "Table":
@@ -43,12 +43,46 @@ class Table:
     def __str__(self) -> str:
         cells = [list(self.columns), *([_cell(value) for value in row] for row in self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        right = [bool(self.rows) and all(_is_number(row[i]) for row in self.rows) for i in range(len(self.columns))]
         lines = (
-            "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True))
+            "  ".join(
+                cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, self._is_right(), strict=True)
+            )
             for row in cells
         )
         return "\n".join(line.rstrip() for line in lines)
+
+    def __rich__(self) -> Any:
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column, is_right in zip(self.columns, self._is_right(), strict=True):
+            table.add_column(Text(column), justify="right" if is_right else "left")
+        for row, style in zip_longest(self.rows, self.styles, fillvalue=""):
+            table.add_row(*(Text(_cell(value)) for value in row), style=str(style))
+        return table
+
+    def _is_right(self) -> list[bool]:
+        return [bool(self.rows) and all(_is_number(row[i]) for row in self.rows) for i in range(len(self.columns))]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a person reads of one result: lines and tables, which a terminal shows with colours.
+
+    Attributes:
+        parts: Text and tables, from top to bottom.
+    """
+
+    parts: Sequence[str | Table]
+
+    def __str__(self) -> str:
+        return "\n".join(str(part) for part in self.parts)
+
+
+# The JSON document of a result, and what a person reads instead.
+View = tuple[dict[str, Any], str | Report]
 
 
 class Progress(Protocol):
@@ -74,6 +108,9 @@ class Output:
         if self.is_json:
             text = json.dumps(_finite(data), default=lambda value: _finite(_plain(value)), ensure_ascii=False)
         else:
+            if isinstance(human, Report) and sys.stdout.isatty():
+                _print_rich(human)
+                return
             text = _key_lines(_plain_mapping(data)) if human is None else str(human)
         print(text, file=sys.stdout)  # noqa: T201
 
@@ -196,6 +233,14 @@ class _Bar:
     def update(self, done: float, total: float | None = None, text: str = "") -> None:
         status = progress_text(done, total, self._rate.after(done), self._unit, text)
         self._bars.update(self._task, completed=done, total=total, status=status)
+
+
+def _print_rich(report: Report) -> None:
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    for part in report.parts:
+        console.print(part, markup=False, highlight=False)
 
 
 def _cell(value: object) -> str:

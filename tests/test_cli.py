@@ -148,6 +148,40 @@ def test_invalid_input_to_the_science_is_one_message(dab_here, tmp_path, monkeyp
     assert expected in done.stderr
 
 
+def test_a_packed_model_is_measured_beside_its_float_peer(dab_here, tmp_path):
+    from dabnn.bench_networks import random_network
+    from dabnn.packed import pack
+
+    file = tmp_path / "model.safetensors"
+    file_bytes = pack(random_network("bincifarfbin", num_classes=10, width=0.125)).save(file)
+    done = dab_here("bench", file, "--threads", 1, "--turns", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["source"], found["model"], found["batch"], found["turns"]) == ("file", "bincifarfbin", 1, 2)
+    assert found["packed"]["file_bytes"] == file_bytes < found["float"]["file_bytes"]
+    for form in (found["packed"], found["float"]):
+        assert 0 < form["best_ms"] <= form["median_ms"]
+        assert 0 < form["base_bytes"] < form["peak_bytes"]
+    assert 0 < found["float_share"] < 1
+    assert sum(layer["kind"] == "binary" for layer in found["layers"]) == found["num_checked"] == 6
+    assert "12/12 measurements" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("bench", "nothing.safetensors"), "nothing.safetensors: no such file"),
+        (("bench", "bincifarfbin", "--dtype", "float8"), "dtype: 'float8'"),
+        (("bench", "bincifarfbin", "--input-size", 3), "model.input_size"),
+        (("bench", "bincifarfbin", "--batch", 0), "--batch"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(dab_here, arguments, expected):
+    done = dab_here(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert expected in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

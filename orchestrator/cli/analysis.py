@@ -1,4 +1,4 @@
-"""Commands that measure what a layer is worth."""
+"""Commands that measure: what a layer costs in accuracy, what packing gains in time."""
 
 from pathlib import Path
 from typing import Annotated
@@ -44,3 +44,41 @@ def sensitivity(
     )
     out.result(data, text)
     out.hint(*commands.after_sensitivity(data))
+
+
+@app.command("bench", epilog="Example: dab bench resnetfbin18 --batch 1 --threads 1")
+def bench(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="Packed model, model of `dab models` (random weights), or run.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default as many as torch takes.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the float layers: float32, bfloat16 or float16.")] = "float32",
+    turns: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of each measurement; default what fits into half a minute.")
+    ] = None,
+    input_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images, pixels, of a model without weights.")
+    ] = None,
+    uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a packed model beside the same network in float: latency, layers, memory, bytes."""
+    from orchestrator.bench import bench as measure
+
+    out = Output(is_json=as_json)
+    with out.progress(f"bench {target}", "measurements") as bar:
+        view = measure(
+            uri,
+            target,
+            batch=batch,
+            threads=threads,
+            device=device,
+            dtype=dtype,
+            turns=turns,
+            input_size=input_size,
+            on_progress=bar.update,
+            say=out.note,
+        )
+    out.result(*view)
