@@ -42,26 +42,21 @@ class PackReached(nn.Module):
     Bit c of a value x is (x >= threshold[c]) xor falls[c].
 
     Attributes:
-        threshold: (C,) float32.
+        threshold: (C,) in the type of x; of 16 bits, rounded up, which changes no bit.
         falls: (C,) bool.
     """
 
     threshold: Tensor
     falls: Tensor
 
-    def __init__(self, threshold: Tensor, falls: Tensor) -> None:
+    def __init__(self, threshold: Tensor, falls: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("threshold", threshold)
+        self.register_buffer("threshold", threshold if dtype == torch.float32 else _rounded_up(threshold, dtype))
         self.register_buffer("falls", falls)
-        self._rounded: dict[torch.dtype, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the packed signs."""
-        if x.dtype == torch.float32:
-            return pack_reached(x, self.threshold, self.falls)
-        if x.dtype not in self._rounded:
-            self._rounded[x.dtype] = _rounded_up(self.threshold, x.dtype)
-        return pack_reached(x, self._rounded[x.dtype], self.falls)
+        return pack_reached(x, self.threshold, self.falls)
 
 
 class PoolBits(nn.Module):
@@ -143,7 +138,7 @@ def _fused_before(stages: list[_Stage], index: int, starts: set[str]) -> tuple[l
         source.emit(threshold, falls)
     else:
         first_name = stages[first][0]
-        packing = [(first_name if first_name in starts else norm_name, PackReached(threshold, falls))]
+        packing = [(first_name if first_name in starts else norm_name, PackReached(threshold, falls, conv.dtype))]
     fused = [*stages[:first], *packing, *pools]
     return [*fused, *stages[index:]], len(fused) + 1
 

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from dabnn import packed_file
 from dabnn.errors import InvalidInputError
 from dabnn.fusion import fuse
 from dabnn.layers import BinaryConv2d
-from dabnn.models import ModelSpec, Network, build
+from dabnn.models import ModelSpec, Network
 from dabnn.models.folding import SignThreshold, find_threshold, fold, sign_norms, unfold
 from dabnn.models.network import check_image_shape
 from dabnn.models.table import float_bytes
+from dabnn.packed_check import check_extras, check_layers, check_tensors, lay_out
 from dabnn.packed_conv import PackedConv2d
 from dabnn.packed_place import check_device, check_dtype, place
 from dabnn.quantizers import expand
@@ -30,6 +31,8 @@ _REPLACED = ("weight", "alpha", "beta", "threshold")
 _NEVER_HALF = "input_shift"
 # Of a `SignThreshold`: a channel whose sign turns beyond the range of float16 has one sign for every input there.
 _ANY_SIZE = ".threshold"
+# What only a BN that is not folded has.
+_UNFOLDED = ".running_mean"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,28 @@ class Normalization:
     transform: str = "auto"
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """Where a packed model comes from, as far as it is known.
+
+    Attributes:
+        run_id: Of the run that trained it.
+        git_commit: Of the program that trained it.
+        data_digest: Of the manifest of the data that it was trained on (`dabnn.data.Manifest.digest`).
+        dab_version: Of the program that packed it.
+    """
+
+    run_id: str | None = None
+    git_commit: str | None = None
+    data_digest: str | None = None
+    dab_version: str | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Provenance":
+        """Return what is known of the fields; others, such as a later version may write, are left out."""
+        return cls(**{field.name: values.get(field.name) for field in fields(cls)})
+
+
 @dataclass(frozen=True, eq=False)
 class PackedModel:
     """A network for inference whose binary weights are bits; `pack` and `load_packed` make one.
@@ -58,6 +83,7 @@ class PackedModel:
         float_bytes: Bytes of the same network with all weights and BN statistics in float32 (`dabnn.models.table`).
         classes: Class names in the order of the logits, or None.
         normalization: What to do to images first, or None if unknown; their size is `spec.input_size`.
+        provenance: The run, program and data that it comes from.
         dtype: In which the float layers run; logits come in it.
     """
 
@@ -67,6 +93,7 @@ class PackedModel:
     float_bytes: int
     classes: tuple[str, ...] | None = None
     normalization: Normalization | None = None
+    provenance: Provenance = Provenance()
     dtype: torch.dtype = torch.float32
     _fused: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -107,7 +134,8 @@ class PackedModel:
         """
         target = check_dtype(self.dtype if dtype is None else dtype), check_device(device)
         # Anew from the file's tensors: what was rounded once would stay so.
-        model = _assemble("net", asdict(self.spec), self.tensors, self.classes, self.normalization)
+        frame = _lay_out("net", asdict(self.spec))
+        model = _assemble("net", frame, self.tensors, self.classes, self.normalization, self.provenance)
         return replace(model, net=place(model.net, target[1], target[0]), dtype=target[0])
 
     def running(self) -> Network:
@@ -158,13 +186,18 @@ class PackedModel:
         extras = {
             "classes": self.classes,
             "normalization": None if self.normalization is None else asdict(self.normalization),
+            "provenance": asdict(self.provenance),
         }
         tensors = {name: _to_half(name, tensor) for name, tensor in self.tensors.items()} if half else self.tensors
         return packed_file.write(Path(path), packed_file.Content(asdict(self.spec), extras, tensors))
 
 
 def pack(
-    net: Network, *, classes: Sequence[str] | None = None, normalization: Normalization | None = None
+    net: Network,
+    *,
+    classes: Sequence[str] | None = None,
+    normalization: Normalization | None = None,
+    provenance: Provenance | None = None,
 ) -> PackedModel:
     """Packs a network from `dabnn.models.build`; the network itself is left alone.
 
@@ -172,13 +205,14 @@ def pack(
         net: The trained network, on any device, in any mode.
         classes: Class names in the order of the logits.
         normalization: What was done to its images.
+        provenance: Where it comes from.
 
     Returns:
         The packed model, on the CPU.
 
     Raises:
         InvalidInputError: The network is not from `build`, was changed after it, holds NaN or infinite weights, or has
-            a layer with binary inputs that has no packed form.
+            a layer with binary inputs that has no packed form; the message names the layer.
     """
     if not isinstance(net, Network):
         raise InvalidInputError(
@@ -189,7 +223,10 @@ def pack(
         raise InvalidInputError(
             f"classes: {len(classes)} names for {net.spec.num_classes} logits. Give one name a logit."
         )
-    tensors = {name: tensor.cpu().clone() for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    frame = _lay_out("net", asdict(net.spec))
+    check_layers(net, frame.net)
+    tensors = {name: tensor.cpu().float() for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     for path, layer in binary_layers(net).items():
         code = layer.code()
         for name in _REPLACED:
@@ -197,11 +234,13 @@ def pack(
         tensors[f"{path}.weight_bits"] = packed_file.encode_mask(code.mask)
         tensors[f"{path}.alpha"] = code.alpha.float().cpu()
         tensors[f"{path}.beta"] = code.beta.float().cpu()
-    return _assemble("net", asdict(net.spec), tensors, None if classes is None else tuple(classes), normalization)
+    return _assemble(
+        "net", frame, tensors, None if classes is None else tuple(classes), normalization, provenance or Provenance()
+    )
 
 
 def load_packed(path: Path | str) -> PackedModel:
-    """Reads a packed file; nothing in it is executed.
+    """Reads a packed file; nothing in it is executed, and no size in it is believed that the file does not have.
 
     Returns:
         The packed model, on the CPU, ready to be called on images.
@@ -210,15 +249,31 @@ def load_packed(path: Path | str) -> PackedModel:
         InvalidInputError: There is no such file, or it is not a packed model, is damaged, is of a newer version, or
             names a model that this program does not have.
     """
-    content = packed_file.read(Path(path))
-    classes, normalization = content.extras["classes"], content.extras["normalization"]
+    path, source = Path(path), str(path)
+    header = packed_file.read_header(path)
+    frame = _lay_out(source, header.spec)
+    _check_header(source, frame, header)
+    extras = header.extras
+    normalization = extras.get("normalization")
     return _assemble(
-        str(path),
-        content.spec,
-        content.tensors,
-        None if classes is None else tuple(classes),
+        source,
+        frame,
+        packed_file.read_tensors(path, header).tensors,
+        None if extras.get("classes") is None else tuple(extras["classes"]),
         None if normalization is None else _normalization(**normalization),
+        Provenance.of(extras.get("provenance") or {}),
     )
+
+
+def _check_header(source: str, frame: "_Frame", header: packed_file.Header) -> None:
+    check_extras(source, header.extras, num_classes=frame.net.spec.num_classes, in_channels=frame.net.spec.in_channels)
+    is_folded = not any(name.endswith(_UNFOLDED) for name in header.shapes)
+    check_tensors(source, frame.folded_shapes() if is_folded else frame.shapes, header.shapes)
+    for name, kind in header.types.items():
+        if name.endswith("_bits") != (kind == "U8"):
+            raise InvalidInputError(
+                f"{source}: {name} is of type {kind}; bits are U8, and all else is F32 or F16. Export the model again."
+            )
 
 
 def _normalization(mean: Sequence[float], std: Sequence[float], transform: str = "auto") -> Normalization:
@@ -232,49 +287,73 @@ def binary_layers(net: nn.Module) -> dict[str, BinaryConv2d]:
     return {path: m for path, m in modules if isinstance(m, BinaryConv2d) and m.weight_quantizer is not None}
 
 
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """A network on torch's device meta, and the shapes of the tensors that its packed form has.
+
+    Attributes:
+        net: The network, without memory.
+        layers: Its layers with binary weights by path.
+        norms: Its BN by path, and whether nothing but its sign is read.
+        shapes: Of the tensors by name, BN not folded.
+    """
+
+    net: Network
+    layers: Mapping[str, BinaryConv2d]
+    norms: Mapping[str, tuple[nn.BatchNorm2d, bool]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def folded_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors by name, as a file of this version has them."""
+        return _folded_shapes(self.shapes, self.norms)
+
+
+def _lay_out(source: str, spec: Mapping[str, Any]) -> _Frame:
+    net = lay_out(source, spec)
+    layers = binary_layers(net)
+    float_state = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    return _Frame(net, layers, _norms(net), _packed_shapes(float_state, layers))
+
+
 @torch.inference_mode(False)
 def _assemble(
     source: str,
-    spec: Mapping[str, Any],
+    frame: _Frame,
     tensors: Mapping[str, Tensor],
     classes: tuple[str, ...] | None,
     normalization: Normalization | None,
+    provenance: Provenance,
 ) -> PackedModel:
     tensors = {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in tensors.items()}
-    net = _build(source, spec)
-    float_state = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
-    layers, norms, num_bytes = binary_layers(net), _norms(net), float_bytes(net)
-    shapes = _packed_shapes(float_state, layers)
-    if any(name.endswith(".running_mean") for name in tensors):  # a network, or a file of version 1
-        _check_shapes(source, shapes, tensors)
-        tensors = _folded(net, norms, tensors)
-    _check_shapes(source, _folded_shapes(shapes, norms), tensors)
-    kept = float_state.keys() & shapes.keys() - {f"{path}.{name}" for path in layers for name in _REPLACED}
-    net.load_state_dict({name: tensors[name] for name in kept if name in tensors}, strict=False)
-    for path, layer in layers.items():
+    net, num_bytes = frame.net, float_bytes(frame.net)
+    if any(name.endswith(_UNFOLDED) for name in tensors):  # a network, or a file of version 1
+        check_tensors(source, frame.shapes, _shapes(tensors))
+        tensors = _folded(frame.norms, tensors)
+    check_tensors(source, frame.folded_shapes(), _shapes(tensors))
+    replaced = {f"{path}.{name}" for path in frame.layers for name in _REPLACED}
+    kept = frame.shapes.keys() & tensors.keys() & net.state_dict().keys() - replaced
+    net.load_state_dict({name: tensors[name].float().clone() for name in kept}, strict=False, assign=True)
+    for path, layer in frame.layers.items():
         mask = packed_file.decode_mask(tensors[f"{path}.weight_bits"], layer.weight.shape)
         alpha, beta = (tensors[f"{path}.{name}"].float() for name in ("alpha", "beta"))
         form = PackedConv2d if layer.binary_input else _two_valued_conv
-        net.set_submodule(path, form(layer, mask, alpha, beta))
-    for path, (_, is_sign) in norms.items():
+        try:
+            net.set_submodule(path, form(layer, mask, alpha, beta))
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{error} It is {path}.") from error
+    for path, (_, is_sign) in frame.norms.items():
         net.set_submodule(path, _packed_norm(path, tensors, is_sign=is_sign))
     net.eval().requires_grad_(False)
     place(net, torch.device("cpu"), torch.float32)
-    return PackedModel(net, net.spec, tensors, num_bytes, classes, normalization)
+    return PackedModel(net, net.spec, tensors, num_bytes, classes, normalization, provenance)
 
 
-def _build(source: str, spec: Mapping[str, Any]) -> Network:
-    try:
-        # A seed, so that loading a file leaves torch's global generator alone; every value is overwritten.
-        return build(**spec, seed=0)
-    except (TypeError, InvalidInputError) as error:
-        raise InvalidInputError(
-            f"{source}: its network cannot be built by this dab ({error}). Update dab, or export the model again."
-        ) from error
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _packed_shapes(float_state: Mapping[str, Tensor], layers: Mapping[str, BinaryConv2d]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor that the packed form of a network has."""
+    """Return the shape of every tensor that the packed form of a network has, BN not folded."""
     shapes = {name: tuple(tensor.shape) for name, tensor in float_state.items()}
     for path, layer in layers.items():
         for name in _REPLACED:
@@ -290,14 +369,13 @@ def _norms(net: nn.Module) -> dict[str, tuple[nn.BatchNorm2d, bool]]:
     return {path: (m, path in signs) for path, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
 
 
-def _folded(
-    net: nn.Module, norms: Mapping[str, tuple[nn.BatchNorm2d, bool]], tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _folded(norms: Mapping[str, tuple[nn.BatchNorm2d, bool]], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a network with each BN as a packed file keeps it."""
-    state = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in norms}
-    net.load_state_dict(state, strict=False)
-    folded = {name: tensor for name, tensor in tensors.items() if name not in state}
-    for path, (norm, is_sign) in norms.items():
+    folded = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in norms}
+    for path, (shape, is_sign) in norms.items():
+        norm = nn.BatchNorm2d(shape.num_features, shape.eps, affine=shape.affine)
+        own = {name: tensors[f"{path}.{name}"] for name in norm.state_dict() if f"{path}.{name}" in tensors}
+        norm.load_state_dict(own, strict=False)
         if is_sign:
             folded[f"{path}.threshold"], falls = find_threshold(norm)
             folded[f"{path}.falls_bits"] = packed_file.encode_mask(falls.view(-1, 1, 1, 1))
@@ -323,16 +401,6 @@ def _packed_norm(path: str, tensors: Mapping[str, Tensor], *, is_sign: bool) -> 
     threshold = tensors[f"{path}.threshold"].float()
     falls = packed_file.decode_mask(tensors[f"{path}.falls_bits"], torch.Size((len(threshold), 1, 1, 1)))
     return SignThreshold(threshold, falls.view(-1))
-
-
-def _check_shapes(source: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    for name in sorted(expected.keys() | tensors.keys()):
-        found = tuple(tensors[name].shape) if name in tensors else "missing"
-        if found != expected.get(name):
-            raise InvalidInputError(
-                f"{source}: {name} is {found}, and its model.spec asks for {expected.get(name, 'no such tensor')}. "
-                "Its weights belong to another architecture."
-            )
 
 
 def _two_valued_conv(layer: BinaryConv2d, mask: Tensor, alpha: Tensor, beta: Tensor) -> BinaryConv2d:

@@ -5,13 +5,15 @@ without gaps, in the order [F, kh, kw, C], least significant bit first, filled u
 `PATH.alpha`, `PATH.beta`, one value a filter. Of a batch normalisation it holds `PATH.scale` and `PATH.shift`, or,
 where a sign follows, `PATH.threshold`, one value a channel, and `PATH.falls_bits`, the bits of the channels whose sign
 is +1 below it (`dabnn.models.folding`). Every other tensor stands under its name in the network's state.
-Nothing that can be derived is stored, and nothing in the file can run code. Left out: what the tensors are for
-(`dabnn.packed`).
+Nothing that can be derived is stored, and nothing in the file can run code. The same model gives the same bytes.
+
+`read_header` reads no more than the header, and believes no size in it that the file does not have, so that a reader
+can compare it with what it expects before the tensors are read. Left out: what the tensors are for (`dabnn.packed`).
 """
 
 import hashlib
 import json
-import os
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from dabnn.errors import DabError, InvalidInputError
+from dabnn.errors import InvalidInputError
+from dabnn.whole_file import write_whole
 
 FORMAT = "dab-packed"
 # Version 1 kept the four vectors of each batch normalisation, which this reader folds.
@@ -34,6 +37,31 @@ MEANING = {
     "layout": "F,kh,kw,C without gaps, filled up to a byte",
     "padding": "zeros after the sign: a padded tap adds nothing",
 }
+
+# A packed model takes about 100 bytes for a tensor and for a class name.
+MAX_HEADER_BYTES = 2**22
+_LENGTH_BYTES = 8
+_TYPE_BYTES = {"F32": 4, "F16": 2, "U8": 1}
+_MAX_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a packed file says it holds; its types and sizes are those of the file.
+
+    Attributes:
+        metadata: The texts of the header, of the right format and version.
+        spec: Arguments of `dabnn.models.build`, unchecked.
+        extras: Further values, unchecked.
+        shapes: Of the tensors by name.
+        types: Of the tensors by name: F32, F16 or U8.
+    """
+
+    metadata: Mapping[str, str]
+    spec: dict[str, Any]
+    extras: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,28 +105,12 @@ def write(path: Path, content: Content) -> int:
         Size of the file in bytes.
 
     Raises:
-        InvalidInputError: The folder does not exist.
+        InvalidInputError: The folder does not exist, or the header would be longer than a reader takes.
         DabError: The file cannot be written, for example because the disk is full; no part of it is left.
     """
-    if not path.parent.is_dir():
-        raise InvalidInputError(f"{path}: the folder {path.parent} does not exist. Create it, or name another file.")
     metadata = _metadata(content)
     data = safetensors_torch.save(dict(content.tensors), metadata | {"sha256": _digest(metadata, content.tensors)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise DabError(
-            f"{path}: {len(data):,} bytes could not be written ({error.strerror}); nothing was left behind. "
-            "Free some space, or name a file elsewhere."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(data)
+    return write_whole(path, _settled(path, data))
 
 
 def read(path: Path) -> Content:
@@ -107,27 +119,61 @@ def read(path: Path) -> Content:
     Raises:
         InvalidInputError: There is no such file, or it is not a packed file, is damaged, or is of a newer version.
     """
+    return read_tensors(path, read_header(path))
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks the header of a packed file, and no more.
+
+    Raises:
+        InvalidInputError: As for `read`, but for damage to the tensors.
+    """
     try:
-        data = path.read_bytes()
+        num_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            room = num_bytes - _LENGTH_BYTES
+            data = file.read(length) if length <= min(room, MAX_HEADER_BYTES) else b""
     except OSError as error:
         raise InvalidInputError(
             f"{path}: cannot be read ({error.strerror}). Give a file that dab export wrote."
         ) from error
-    try:
-        tensors = safetensors_torch.load(data)
-    except SafetensorError as error:
-        raise InvalidInputError(
-            f"{path}: is no whole safetensors file ({error}), so it is damaged, cut off or something else. "
-            "Export or copy it again."
-        ) from error
-    metadata = _read_metadata(data)
+    if not data:
+        limit = f"{room:,} bytes" if room < MAX_HEADER_BYTES else f"the limit of {MAX_HEADER_BYTES:,}"
+        raise _not_whole(path, f"its header is said to take {length:,} bytes, of {limit}")
+    entries = _object(path, data.decode(errors="replace"), "header")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _not_whole(path, "its metadata are no texts")
     _check_metadata(path, metadata)
-    expected = metadata.pop("sha256", "")
-    if _digest(metadata, tensors) != expected:
+    sizes = [_check_entry(path, name, entry) for name, entry in entries.items()]
+    if sum(sizes) != room - length:
+        raise _not_whole(path, f"its header names {sum(sizes):,} bytes of tensors, and {room - length:,} follow")
+    return Header(
+        metadata,
+        _object(path, metadata.get("spec", ""), "spec"),
+        _object(path, metadata.get("extras", ""), "extras"),
+        {name: tuple(entry["shape"]) for name, entry in entries.items()},
+        {name: entry["dtype"] for name, entry in entries.items()},
+    )
+
+
+def read_tensors(path: Path, header: Header) -> Content:
+    """Reads the tensors of a packed file whose header was read, and checks them against its checksum.
+
+    Raises:
+        InvalidInputError: The file is damaged.
+    """
+    try:
+        tensors = safetensors_torch.load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise _not_whole(path, str(error)) from error
+    metadata = {key: value for key, value in header.metadata.items() if key != "sha256"}
+    if _digest(metadata, tensors) != header.metadata.get("sha256"):
         raise InvalidInputError(
             f"{path}: its contents do not match their checksum: it is damaged. Export or copy it again."
         )
-    return Content(json.loads(metadata["spec"]), json.loads(metadata["extras"]), tensors)
+    return Content(header.spec, header.extras, tensors)
 
 
 def _metadata(content: Content) -> dict[str, str]:
@@ -135,10 +181,63 @@ def _metadata(content: Content) -> dict[str, str]:
     return fixed | {"spec": json.dumps(content.spec), "extras": json.dumps(content.extras)}
 
 
-def _read_metadata(data: bytes) -> dict[str, str]:
-    """Returns the strings in the header of a valid safetensors file: 8 bytes of length, then JSON."""
-    length = int.from_bytes(data[:8], "little")
-    return dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
+def _settled(path: Path, data: bytes) -> bytes:
+    """Returns a safetensors file with its metadata in order, which safetensors shuffles."""
+    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    entries = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % _LENGTH_BYTES)
+    if len(header) > MAX_HEADER_BYTES:
+        raise InvalidInputError(
+            f"{path}: its header would take {len(header):,} bytes, and a reader takes {MAX_HEADER_BYTES:,} at most, so "
+            "that no file makes it use more. Give shorter class names."
+        )
+    return len(header).to_bytes(_LENGTH_BYTES, "little") + header + data[_LENGTH_BYTES + length :]
+
+
+def _object(path: Path, text: str, name: str) -> dict[str, Any]:
+    """Returns the JSON object that a text holds."""
+    try:
+        value = json.loads(text)
+    # The first where a text nests too deeply.
+    except (RecursionError, ValueError) as error:
+        raise _not_whole(path, f"its {name} is no JSON") from error
+    if not isinstance(value, dict):
+        raise _not_whole(path, f"its {name} is no JSON object")
+    return value
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> int:
+    """Returns the bytes of a tensor, which the header gives as type, shape, and first and end byte."""
+    keys = {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or entry.keys() != keys or not isinstance(entry["dtype"], str):
+        raise _not_whole(path, f"{name} has no type, shape and place")
+    shape, place = entry["shape"], entry["data_offsets"]
+    if not all(isinstance(numbers, list) and all(map(_is_size, numbers)) for numbers in (shape, place)):
+        raise _not_whole(path, f"shape and place of {name} are no sizes")
+    if entry["dtype"] not in _TYPE_BYTES:
+        raise InvalidInputError(
+            f"{path}: {name} is of type {entry['dtype']}, and packed files hold {', '.join(_TYPE_BYTES)}. Export the "
+            "model again with this dab."
+        )
+    if len(shape) > _MAX_DIMENSIONS or len(place) != 2:
+        raise _not_whole(path, f"{name} has {len(shape)} dimensions")
+    num_bytes = math.prod(shape) * _TYPE_BYTES[entry["dtype"]]
+    if place[1] - place[0] != num_bytes:
+        raise _not_whole(path, f"{name} takes {num_bytes:,} bytes, and has {place[1] - place[0]:,}")
+    return num_bytes
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _not_whole(path: Path, reason: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"{path}: is no whole safetensors file ({reason}), so it is damaged, cut off or something else. "
+        "Export or copy it again."
+    )
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:

@@ -138,7 +138,7 @@ def test_a_threshold_rounds_up_to_a_16_bit_type(seed: int, dtype: torch.dtype) -
     x = torch.cat([x, -x, torch.nextafter(x.float(), torch.tensor(torch.inf)).to(dtype)])
     images = x.view(-1, 1, 1, 1).expand(-1, 64, 1, 1)
     expected = pack_signs(torch.where(images >= threshold.view(-1, 1, 1), 1.0, -1.0))
-    assert torch.equal(PackReached(threshold, torch.zeros(64, dtype=torch.bool))(images), expected)
+    assert torch.equal(PackReached(threshold, torch.zeros(64, dtype=torch.bool), dtype)(images), expected)
 
 
 def test_the_running_form_shares_the_weights() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from dabnn import packed_file
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.models import build
-from dabnn.packed import Normalization, PackedConv2d, load_packed, pack
+from dabnn.packed import Normalization, PackedConv2d, Provenance, load_packed, pack
 
 SMALL = {"num_classes": 7, "width": 0.125, "in_channels": 3, "input_size": 16}
 MODELS = {
@@ -256,8 +256,67 @@ def test_networks_that_cannot_be_rebuilt_are_refused():
         pack(torch.nn.Linear(2, 2))
     net = network(name="bincifarfbin")
     net.set_submodule("conv8", torch.nn.Conv2d(4, 4, 1))
-    with pytest.raises(InvalidInputError, match="belong to another architecture"):
+    with pytest.raises(InvalidInputError, match=r"^net: conv8 is Conv2d\(4, 4, .*\), and the bincifarfbin of its spec"):
         pack(net)
+
+
+@pytest.mark.parametrize(
+    ("path", "layer", "shown"),
+    [
+        ("relu2", torch.nn.GELU(), r"relu2 is GELU\(.*has ReLU there"),
+        ("pool4", torch.nn.MaxPool2d(2, stride=1), r"pool4 is MaxPool2d\(kernel_size=2, stride=1"),
+        ("bn3", torch.nn.BatchNorm2d(16, eps=0.1), r"bn3 is BatchNorm\(16, eps=0\.1, .*has BatchNorm\(16, eps=1e-05"),
+        ("bn3", torch.nn.Identity(), r"bn3 is Identity\(\)"),
+        ("conv8", torch.nn.Sequential(torch.nn.Conv2d(4, 7, 1)), r"conv8 is Sequential\(\)"),
+    ],
+)
+def test_layers_put_in_by_hand_are_named(path, layer, shown):
+    net = network(name="bincifarfbin")
+    net.set_submodule(path, layer)
+    with pytest.raises(InvalidInputError, match=rf"^net: {shown}.*Take the change back before packing, or"):
+        pack(net)
+
+
+def test_a_layer_that_was_added_is_named():
+    net = network(name="bincifarfbin")
+    net.add_module("softmax", torch.nn.Softmax(1))
+    with pytest.raises(InvalidInputError, match=r"^net: softmax is Softmax\(dim=1\), .* has no layer there"):
+        pack(net)
+
+
+def test_what_changes_no_result_may_differ():
+    net = network(name="bincifarfbin")
+    net.relu2.inplace, net.dropout4.p, net.bn2.momentum = True, 0.9, 0.5
+    x = images(2, net.spec)
+    with torch.no_grad():
+        assert torch.equal(pack(net)(x), channels_last_logits(net, x))
+
+
+def test_a_network_in_another_type_is_packed_in_float32():
+    packed = pack(network(name="bincifarfbin").double())
+    assert {tensor.dtype for tensor in packed.tensors.values()} == {torch.float32, torch.uint8}
+
+
+def test_the_same_model_makes_the_same_bytes(saved, tmp_path):
+    load_packed(saved).save(tmp_path / "again.dab")
+    assert (tmp_path / "again.dab").read_bytes() == saved.read_bytes()
+
+
+def test_run_program_and_data_come_back(tmp_path):
+    provenance = Provenance("ab12", "0f0f", "c0ffee", "0.1.0")
+    pack(network(name="bincifarfbin"), provenance=provenance).save(tmp_path / "model.dab")
+    assert load_packed(tmp_path / "model.dab").provenance == provenance
+    content = packed_file.read(tmp_path / "model.dab")
+    later = content.extras | {"provenance": {"run_id": "ab12", "weather": "fair"}, "mood": 3}
+    packed_file.write(tmp_path / "later.dab", packed_file.Content(content.spec, later, content.tensors))
+    assert load_packed(tmp_path / "later.dab").provenance == Provenance(run_id="ab12")
+
+
+def test_a_file_without_provenance_is_read(saved):
+    content = packed_file.read(saved)
+    extras = {key: content.extras[key] for key in ("classes", "normalization")}
+    packed_file.write(saved, packed_file.Content(content.spec, extras, content.tensors))
+    assert load_packed(saved).provenance == Provenance()
 
 
 def test_there_is_one_class_name_a_logit():

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from dabnn import packed_file
 from dabnn.errors import InvalidInputError
 from dabnn.models import build
 from dabnn.models.folding import SignThreshold
@@ -53,8 +52,7 @@ def test_a_moved_model_writes_the_same_file_and_can_be_moved_back(tmp_path: Path
     rounded = model.to("cpu", torch.bfloat16)
     model.save(tmp_path / "before.dab")
     rounded.save(tmp_path / "after.dab")
-    before, after = (packed_file.read(tmp_path / name).tensors for name in ("before.dab", "after.dab"))
-    assert all(torch.equal(before[name], after[name]) for name in before.keys() | after.keys())
+    assert (tmp_path / "before.dab").read_bytes() == (tmp_path / "after.dab").read_bytes()
     assert rounded.to("cpu").dtype == torch.bfloat16
     assert torch.equal(rounded.to("cpu", torch.float32)(x), model(x))
 
