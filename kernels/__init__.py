@@ -11,6 +11,7 @@ from kernels.dab_warm import dab_threshold_warm
 from kernels.dense import two_valued
 from kernels.packing import pack_reached, pack_signs, unpack_signs
 from kernels.pool import pool_bits
+from kernels.weight_only import packed_weight_conv2d
 
 __all__ = [
     "dab_threshold",
@@ -19,6 +20,7 @@ __all__ = [
     "pack_signs",
     "packed_conv2d",
     "packed_conv2d_signs",
+    "packed_weight_conv2d",
     "pool_bits",
     "quantize_dab",
     "two_valued",
