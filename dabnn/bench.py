@@ -21,8 +21,9 @@ from dabnn.bench_check import refuse_if_wrong
 from dabnn.bench_layers import LayerResult, layer_paths, time_layers
 from dabnn.bench_memory import MemoryResult, measure_memory
 from dabnn.bench_networks import float_peer, random_images
-from dabnn.bench_place import Machine, Place, machine
+from dabnn.bench_place import Place
 from dabnn.errors import InvalidInputError
+from dabnn.machine import Machine, machine
 from dabnn.models import Network
 from dabnn.packed import PackedModel
 from dabnn.turns import Times, in_turns

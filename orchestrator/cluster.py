@@ -322,9 +322,14 @@ def _server_env(token_path: Path) -> dict[str, str]:
     }
 
 
-def _new_session_folder() -> Path:
+def session_parent() -> Path:
+    """Return where Ray's session files go: the system's temporary folder, or /tmp where that leaves sockets no room."""
     system = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="dab-ray-", dir=system if len(system) + 17 <= _MAX_TEMP_PATH else "/tmp"))  # noqa: S108
+    return Path(system if len(system) + 17 <= _MAX_TEMP_PATH else "/tmp")  # noqa: S108
+
+
+def _new_session_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="dab-ray-", dir=session_parent()))
 
 
 @contextlib.contextmanager

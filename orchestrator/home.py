@@ -14,13 +14,18 @@ from typing import Any, Literal
 from dabnn.errors import InvalidInputError
 
 
+def home_path() -> Path:
+    """Return the folder that DAB_HOME of the environment names (default `~/.dab`), there or not."""
+    return Path(os.environ.get("DAB_HOME") or "~/.dab").expanduser().absolute()
+
+
 def home() -> Path:
     """Return the folder that DAB_HOME of the environment names (default `~/.dab`), created with mode 0700 if missing.
 
     Raises:
         InvalidInputError: It cannot be created, is not a folder, or may not be written to.
     """
-    folder = Path(os.environ.get("DAB_HOME") or "~/.dab").expanduser().absolute()
+    folder = home_path()
     advice = (
         "everything that dab keeps lies there. Set the environment variable DAB_HOME to a folder that you may write to."
     )

@@ -182,6 +182,38 @@ def test_what_cannot_be_measured_is_refused(dab_here, arguments, expected):
     assert expected in done.stderr
 
 
+def test_the_doctor_looks_at_everything_and_starts_and_makes_nothing(dab_here, tmp_path, monkeypatch):
+    monkeypatch.setenv("DAB_HOME", str(tmp_path / "home"))
+    done = dab_here("doctor", "--json")
+    found = json.loads(done.stdout)
+    statuses = {check["name"]: check["status"] for check in found["checks"]}
+    assert all(check.keys() == {"name", "status", "detail", "advice"} for check in found["checks"])
+    assert {
+        "python",
+        "packages",
+        "devices",
+        "store",
+        "shared memory",
+        "experiment tracker",
+        "cluster",
+    } <= statuses.keys()
+    assert found["ok"] == ("problem" not in statuses.values()) == (done.returncode == 0)
+    assert statuses["python"] == statuses["cluster"] == "ok"
+    assert not (tmp_path / "home").exists()
+
+
+def test_the_doctor_says_what_to_do_and_its_exit_code_is_1_when_there_is_a_problem(dab_here, tmp_path, monkeypatch):
+    monkeypatch.setenv("DAB_HOME", str(tmp_path))
+    (tmp_path / "mlflow.db").write_text("no database")
+    done = dab_here("doctor")
+    assert done.returncode == 1
+    assert any(line.startswith("problem  experiment tracker") for line in done.stdout.splitlines())
+    assert f"experiment tracker: Restore {tmp_path / 'mlflow.db'}" in done.stdout
+    monkeypatch.setenv("DAB_HOME", str(tmp_path / "mlflow.db"))
+    broken = {check["name"]: check["status"] for check in json.loads(dab_here("doctor", "--json").stdout)["checks"]}
+    assert broken["store"] == "problem"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

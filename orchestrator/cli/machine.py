@@ -1,11 +1,11 @@
-"""Commands about this machine: the experiment browser and the demo."""
+"""Commands about this machine: the experiment browser, the demo, and what is wrong with the installation."""
 
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.arguments import Json
-from orchestrator.output import Output
+from orchestrator.output import DabError, Output
 
 app = typer.Typer()
 
@@ -32,3 +32,16 @@ def demo(as_json: Json = False) -> None:
     out.result(data, text)
     for command in commands.after_demo(data):
         out.hint(*command)
+
+
+@app.command("doctor", epilog="Example: dab doctor")
+def doctor(as_json: Json = False) -> None:
+    """Check installation, devices, store and servers, and say what to do. The exit code is 1 on a problem."""
+    from orchestrator.doctor import doctor as look
+
+    out = Output(is_json=as_json)
+    is_ok, view = look()
+    out.result(*view)
+    if not is_ok:
+        raise typer.Exit(DabError.exit_code)
+    out.hint("dab", "demo")
