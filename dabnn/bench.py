@@ -111,7 +111,7 @@ def bench(
     for name, value in (("batch", place.batch), ("threads", place.threads), ("turns", turns)):
         if value is not None and value < 1:
             raise InvalidInputError(f"{name}: {value} must be at least 1.")
-    with _threads(place.threads):
+    with _settings(place.threads):
         moved = packed.to(place.device, place.torch_dtype())
         peer = float_peer(packed, place.device, place.torch_dtype())
         images = random_images(packed.spec, place.batch, place.device, place.torch_dtype())
@@ -157,13 +157,16 @@ class _Steps:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def _settings(threads: int) -> Iterator[None]:
+    """Within the block torch uses so many threads, and cuDNN the fastest algorithm for each convolution."""
+    before = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def _memory(packed: PackedModel, place: Place, steps: _Steps) -> tuple[dict[str, MemoryResult], int]:

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     is_cuda = torch.device(place.device).type == "cuda"
     begin = time.perf_counter()
     if form == "packed":
-        _run_a_kernel()
+        _run_a_kernel(place.device)
     base_bytes = 0 if is_cuda else peak_memory(place.device)
     net = _load(file, form, place)
     images = random_images(net.spec, place.batch, place.device, place.torch_dtype())
@@ -94,9 +94,9 @@ def _load(file: Path, form: str, place: Place) -> Network:
     return float_network(ModelSpec(**packed_file.read(file).spec), place.device, place.torch_dtype())
 
 
-def _run_a_kernel() -> None:
-    bits = pack_signs(torch.ones(1, WORD_BITS, 3, 3))
-    scalars = torch.ones(1)
+def _run_a_kernel(device: str) -> None:
+    bits = pack_signs(torch.ones(1, WORD_BITS, 3, 3, device=device))
+    scalars = torch.ones(1, device=device)
     packed_conv2d(bits, bits, scalars, scalars, in_channels=WORD_BITS)
 
 
