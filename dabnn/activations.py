@@ -78,7 +78,8 @@ def input_code(x: Tensor, quantizer: str, shift: Tensor | None = None) -> InputC
         if quantizer == "rsign":
             return InputCode(_shifted(x, shift))
         real = _channel_centered(x)
-        alpha, beta = (value.view(-1, 1, 1, 1) for value in group_means(real, real.new_zeros(len(real))))
+        zeros = real.new_zeros(real.shape[0])  # not len, which a tracer would take for a constant
+        alpha, beta = (value.view(-1, 1, 1, 1) for value in group_means(real, zeros))
         return InputCode(real, (alpha - beta) / 2, (alpha + beta) / 2)
 
 
@@ -99,7 +100,7 @@ def binary_input(x: Tensor, quantizer: str, shift: Tensor | None, estimator: Est
     if quantizer == "rsign":
         return sign_ste(_shifted(x, shift), estimator).to(x.dtype)
     real = _channel_centered(x)
-    zeros = real.new_zeros(len(real))
+    zeros = real.new_zeros(real.shape[0])
     return two_valued_ste(real, zeros, *group_means(real, zeros), estimator).to(x.dtype)
 
 

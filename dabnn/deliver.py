@@ -1,6 +1,7 @@
 """From a checkpoint to something a person uses: load the trained network, export it packed, evaluate, predict.
 
-The checks of an export are `dabnn.verify`; the file is `dabnn.packed`. Leaves out where checkpoints come from.
+The checks of an export are `dabnn.verify`; the file is `dabnn.packed`, files for other programs are `dabnn.convert`.
+Leaves out where checkpoints come from.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dabnn.convert import Comparison, Form, convert, load_model
 from dabnn.data import Batch, load_manifest, open_stream
 from dabnn.data.images import decode_image
 from dabnn.data.transforms import make_transform, normalization_for
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.evaluate import count
+from dabnn.exported import ExportedModel
 from dabnn.models import ModelSpec
-from dabnn.packed import Normalization, PackedModel, load_packed, pack
+from dabnn.packed import Normalization, PackedModel, Provenance, load_packed, pack
 from dabnn.transfer import load_trained as load_trained
 from dabnn.verify import Verification, verify
 
@@ -48,6 +51,7 @@ def export(
     std: Sequence[float] | None = None,
     batch_size: int = 64,
     half: bool = False,
+    provenance: Provenance | None = None,
 ) -> tuple[Verification, PackedModel, int]:
     """Write the packed model of a checkpoint, after comparing it with the trained network on every validation image.
 
@@ -64,6 +68,7 @@ def export(
         std: Fixed standard deviation that it was trained with, per channel, or None.
         batch_size: Images of one batch of the comparison.
         half: Store scalars and float layers as float16.
+        provenance: Where the checkpoint comes from, for the file.
 
     Returns:
         The comparison, the packed model, and the size of the file in bytes.
@@ -74,16 +79,12 @@ def export(
     """
     net = load_trained(checkpoint)
     prepared = prepare(train_data, net.spec, transform, mean, std)
-    if file.is_dir():
-        raise InvalidInputError(f"{file}: is a folder. Name the file to write, such as {file / 'model.safetensors'}.")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInputError(f"{file}: its folder cannot be made ({error}). Name a file elsewhere.") from error
+    make_folder_of(file)
     unchecked = file.with_name(f".{file.name}.unchecked")
     try:
         classes = load_manifest(train_data).classes
-        num_bytes = pack(net, classes=classes, normalization=prepared).save(unchecked, half=half)
+        made = pack(net, classes=classes, normalization=prepared, provenance=provenance)
+        num_bytes = made.save(unchecked, half=half)
         packed = load_packed(unchecked)
         verification = verify(net, packed, val_batches(val_data, net.spec, prepared, batch_size))
         if verification.problems:
@@ -95,6 +96,40 @@ def export(
     finally:
         unchecked.unlink(missing_ok=True)
     return verification, packed, num_bytes
+
+
+def export_converted(packed: PackedModel, file: Path, form: Form, val_data: Path | str, batch_size: int) -> Comparison:
+    """Write a packed model as a file for other programs, after comparing it on every validation image.
+
+    Args:
+        packed: From `export`.
+        file: The file; its folder is created.
+        form: onnx or pt2.
+        val_data: Folder or URL of the dataset whose split `val` is compared on.
+        batch_size: Images of one batch of the comparison.
+
+    Raises:
+        InvalidInputError: The model has no such form, or the dataset cannot be read.
+        DabError: The file disagrees with the packed model, or the disk is full; no file was written.
+    """
+    if packed.normalization is None:
+        raise InvalidInputError(f"{file}: the packed model holds no normalisation. Export the run again.")
+    make_folder_of(file)
+    return convert(packed, file, form, val_batches(val_data, packed.spec, packed.normalization, batch_size))
+
+
+def make_folder_of(file: Path) -> None:
+    """Make the folder that a file is about to be written to.
+
+    Raises:
+        InvalidInputError: The file is a folder, or its folder cannot be made.
+    """
+    if file.is_dir():
+        raise InvalidInputError(f"{file}: is a folder. Name the file to write, such as {file / 'model.safetensors'}.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"{file}: its folder cannot be made ({error}). Name a file elsewhere.") from error
 
 
 def evaluate_on(
@@ -164,12 +199,12 @@ def val_batches(
 
 
 def predict(file: Path, images: Sequence[Path]) -> list[Prediction]:
-    """Return what a packed model sees in image files.
+    """Return what a packed model, or a file made of one (`dabnn.convert`), sees in image files.
 
     Raises:
         InvalidInputError: The model or an image cannot be read; the message names the file.
     """
-    packed = load_packed(file)
+    packed = load_model(file)
     if packed.normalization is None:
         raise InvalidInputError(f"{file}: holds no normalisation, so images cannot be prepared. Export the run again.")
     made = make_transform(
@@ -184,7 +219,7 @@ def predict(file: Path, images: Sequence[Path]) -> list[Prediction]:
     return [_predict_one(packed, made, names, image) for image in images]
 
 
-def _predict_one(packed: PackedModel, made: Any, names: Sequence[str], image: Path) -> Prediction:
+def _predict_one(packed: PackedModel | ExportedModel, made: Any, names: Sequence[str], image: Path) -> Prediction:
     try:
         pixels = made.sample(decode_image(image.read_bytes()))
     except (OSError, ValueError) as error:

@@ -116,14 +116,16 @@ def logs(uri: str | None, reference: str, *, follow: bool, say: Say) -> Iterator
     return runs.read_logs(tracking_uri(uri, say), reference, follow=follow)
 
 
-def export(uri: str | None, reference: str, file: Path, *, half: bool, say: Say) -> View:
-    """Export a run as a packed file."""
+def export(uri: str | None, reference: str, file: Path, *, half: bool, form: str | None, say: Say) -> View:
+    """Export a run as a packed file, or in the form that the file's name asks for."""
     say("comparing the packed network with the trained one on the validation images")
-    data = deliver.export_run(tracking_uri(uri, say), reference, file, half=half)
+    data = deliver.export_run(tracking_uri(uri, say), reference, file, half=half, form=form)
+    again = data.get("comparison")
+    compared = f"\nthe {again['form']} file: same class on {100 * again['same_argmax']:.2f} %" if again else ""
     return data, (
         f"{file}: {data['file_bytes']:,} bytes, {data['ratio']:.1f}x smaller than float32\n"
         f"same class on {100 * data['same_argmax']:.2f} % of {data['num_samples']} images, "
-        f"top-1 {data['top1_float_path']:.2f} % trained, {data['top1_packed']:.2f} % packed"
+        f"top-1 {data['top1_float_path']:.2f} % trained, {data['top1_packed']:.2f} % packed{compared}"
     )
 
 

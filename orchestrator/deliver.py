@@ -3,15 +3,18 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dabnn import deliver
 from dabnn.checkpoints import best_checkpoint
+from dabnn.convert import form_of, load_model
 from dabnn.data import load_manifest
 from dabnn.errors import InvalidInputError
 from dabnn.models import ModelSpec
-from dabnn.packed import Normalization, load_packed
+from dabnn.packed import Normalization, Provenance
 from orchestrator import tracking
 from orchestrator.found_runs import best_run as best_run
 from orchestrator.found_runs import folder_of
@@ -20,30 +23,52 @@ from orchestrator.job import Job
 OnBatch = Callable[[int, int], None]
 
 
-def export_run(uri: str, reference: str, file: Path, *, half: bool = False) -> dict[str, Any]:
-    """Export the best checkpoint of a run, or of the best trial of a sweep, as a packed file; record the file.
+def export_run(uri: str, reference: str, file: Path, *, half: bool = False, form: str | None = None) -> dict[str, Any]:
+    """Export the best checkpoint of a run, or of the best trial of a sweep; record the file.
+
+    Args:
+        uri: The tracking store.
+        reference: The run or sweep.
+        file: The file to write: .onnx for an ONNX file, .pt2 for a `torch.export` program, else a packed file.
+        half: Store scalars and float layers as float16.
+        form: packed, onnx or pt2; None by the file's name.
 
     Returns:
-        The keys that `dab export --json` prints.
+        The keys that `dab export --json` prints. Those of the verification compare the packed model with the trained
+        network; for other forms `comparison` compares the file with the packed model.
 
     Raises:
-        InvalidInputError: The run has no checkpoint yet.
-        DabError: The packed network disagrees with the trained one; no file was written.
+        InvalidInputError: The run has no checkpoint yet, or the form does not go with the file's name.
+        DabError: The packed network or the file disagrees with the trained one; no file was written.
     """
+    chosen = form_of(file, form)
+    deliver.make_folder_of(file)
     record = best_run(uri, reference)
     data = Job.load(folder_of(record).root).parsed_config().data
     checkpoint = best_checkpoint(folder_of(record).checkpoints)
-    verification, packed, file_bytes = deliver.export(
-        checkpoint.path,
-        file,
-        train_data=data.train,
-        val_data=data.val or data.train,
-        transform=data.transform,
-        mean=data.mean,
-        std=data.std,
-        batch_size=data.eval_batch_size,
-        half=half,
-    )
+    val = data.val or data.train
+    with TemporaryDirectory() as folder:
+        verification, packed, file_bytes = deliver.export(
+            checkpoint.path,
+            file if chosen == "packed" else Path(folder) / "model.safetensors",
+            train_data=data.train,
+            val_data=val,
+            transform=data.transform,
+            mean=data.mean,
+            std=data.std,
+            batch_size=data.eval_batch_size,
+            half=half,
+            provenance=Provenance(
+                run_id=record.run_id,
+                git_commit=record.tags.get("dab.git_commit"),
+                data_digest=record.tags.get("dab.data_digest"),
+                dab_version=version("dab"),
+            ),
+        )
+    comparison = None
+    if chosen != "packed":
+        comparison = deliver.export_converted(packed, file, chosen, val, data.eval_batch_size)
+        file_bytes = comparison.file_bytes
     result = asdict(verification) | {
         "file": str(file),
         "run_id": record.run_id,
@@ -51,7 +76,10 @@ def export_run(uri: str, reference: str, file: Path, *, half: bool = False) -> d
         "file_bytes": file_bytes,
         "float_bytes": packed.float_bytes,
         "ratio": packed.float_bytes / file_bytes,
+        "format": chosen,
     }
+    if comparison is not None:
+        result["comparison"] = asdict(comparison)
     tracking.log_file(uri, record.run_id, file, "packed")
     tracking.log_json(uri, record.run_id, "packed/verification.json", result)
     return result
@@ -63,7 +91,7 @@ def evaluate_file(
     """Evaluate a packed file on the split `val` of a dataset; return the keys that `dab evaluate --json` prints.
 
     Args:
-        file: The packed file.
+        file: The packed file, or one made of it: .onnx, which runs in onnxruntime, or .pt2.
         data: Folder or URL of the dataset.
         on_batch: Told how many images of how many were evaluated.
         ten_crop: Whether to average the answers to ten crops of each image.
@@ -71,7 +99,7 @@ def evaluate_file(
     Raises:
         InvalidInputError: The file or the dataset cannot be read, or they have different classes.
     """
-    packed = load_packed(file)
+    packed = load_model(file)
     if packed.normalization is None:
         raise InvalidInputError(f"{file}: holds no normalisation, so images cannot be prepared. Export the run again.")
     return _evaluate(packed, packed.spec, packed.normalization, packed.classes, data, ten_crop, on_batch)

@@ -14,8 +14,19 @@ app = typer.Typer()
 @app.command("export", epilog="Example: dab export 3f2a -o model.safetensors")
 def export(
     run: Run,
-    file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The packed model to write.")],
+    file: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="The file to write: .onnx for ONNX, .pt2 for a torch.export program, else a packed model.",
+        ),
+    ],
     half: Annotated[bool, typer.Option("--half", help="Store scalars and float layers as float16.")] = False,
+    form: Annotated[
+        str | None, typer.Option("--format", metavar="packed|onnx|pt2", help="Default: by the file's name.")
+    ] = None,
     uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
@@ -23,7 +34,7 @@ def export(
     from orchestrator import commands
 
     out = Output(is_json=as_json)
-    out.result(*commands.export(uri, run, file, half=half, say=out.note))
+    out.result(*commands.export(uri, run, file, half=half, form=form, say=out.note))
     out.hint("dab", "predict", str(file), "IMAGE")
 
 
