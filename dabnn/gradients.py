@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels import two_valued
+from kernels.dab_step import dab_step, dab_step_backward
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,31 @@ def two_valued_reference(weight: Tensor, real: Tensor, threshold: Tensor, alpha:
     return cast(Tensor, _TwoValuedReference.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
+def has_dab_ste(weight: Tensor, estimator: Estimator, gradient: str) -> bool:
+    """Return whether `dab_ste` is the way to train this weight: on a GPU, and with a rule that it knows."""
+    has_rule = estimator.name in ("clipped", "identity") and gradient in ("straight_through", "means")
+    return weight.is_cuda and weight.dtype in (torch.float32, torch.float64) and has_rule
+
+
+def dab_ste(weight: Tensor, center: str, estimator: Estimator, *, is_about_threshold: bool, has_means: bool) -> Tensor:
+    r"""Return the DAB form of a weight, centring, search and gradient in one operator each way (`kernels.dab_step`).
+
+    With c = `dabnn.quantizers.subtract_center(weight, center)` and (t, alpha, beta) its exact optimum:
+
+    - forward: y = alpha where c >= t, else beta.
+    - gradient: that of `two_valued_ste(c, t, alpha, beta, estimator, middle)`, followed by the chain rule of centring.
+
+    Args:
+        weight: (F, C, ...), float32 or float64.
+        center: none, filter or tap.
+        estimator: clipped or identity.
+        is_about_threshold: whether the middle of the windows is (alpha + beta) / 2 of the filter rather than 0.
+        has_means: whether alpha and beta are functions of the weight (the rule `means` of `dabnn.layers`).
+    """
+    arguments = (weight, center, estimator, is_about_threshold, has_means)
+    return cast(Tensor, _DabSTE.apply(*arguments))  # type: ignore[no-untyped-call]
+
+
 class _SignSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, estimator: Estimator) -> Tensor:
@@ -172,6 +198,26 @@ class _TwoValuedSTE(torch.autograd.Function):
         is_upper = real.to(threshold.dtype) >= _per_row(threshold, real)
         to_alpha = (sums * is_upper.flatten(1)).sum(1)
         return to_real, None, to_alpha, sums.sum(1) - to_alpha, None, None
+
+
+class _DabSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, center: str, estimator: Estimator, is_about_threshold: bool, has_means: bool
+    ) -> Tensor:
+        dense, *saved = dab_step(weight, center)
+        ctx.save_for_backward(*saved)
+        ctx.options = {
+            "center": center,
+            "width": estimator.width if estimator.name == "clipped" else float("inf"),
+            "is_about_threshold": is_about_threshold,
+            "has_means": has_means,
+        }
+        return dense
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return dab_step_backward(grad, *ctx.saved_tensors, **ctx.options), None, None, None, None
 
 
 class _TwoValuedReference(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dabnn.activations import binary_input, input_code
 from dabnn.errors import InvalidInputError
-from dabnn.gradients import Estimator, sign, two_valued_reference, two_valued_ste
+from dabnn.gradients import Estimator, dab_ste, has_dab_ste, sign, two_valued_reference, two_valued_ste
 from dabnn.options import LayerOptions as LayerOptions
 from dabnn.quantizers import (
     Code,
@@ -251,6 +251,11 @@ class BinaryConv2d(nn.Conv2d):
             return self.weight
         if not self.training:
             return self.code().dense().to(self.weight.dtype)
+        is_about_threshold, has_means = self.options.ste_center == "threshold", self.options.gradient == "means"
+        is_dab = self.weight_quantizer == "dab" and not self.keeps_step_code
+        if is_dab and has_dab_ste(self.weight, self._weight_ste, self.options.gradient):
+            options = {"is_about_threshold": is_about_threshold, "has_means": has_means}
+            return dab_ste(self.weight, self.center, self._weight_ste, **options)
         centered = subtract_center(self.weight, self.center)
         parts = self._split(centered, self.weight_quantizer)
         threshold, alpha, beta = (part.detach() for part in parts)
@@ -259,9 +264,9 @@ class BinaryConv2d(nn.Conv2d):
             self.step_code = centered.detach() >= threshold.view(-1, 1, 1, 1), alpha.clone(), beta.clone()
         if self.options.gradient == "reference":
             return two_valued_reference(self.weight, centered, threshold, alpha, beta)
-        if self.options.gradient == "means":
+        if has_means:
             parts = with_gradient(centered, self.weight_quantizer, parts)
-        middle = (alpha + beta) / 2 if self.options.ste_center == "threshold" else None
+        middle = (alpha + beta) / 2 if is_about_threshold else None
         return two_valued_ste(centered, *parts, self._annealed(self._weight_ste), middle)
 
     def _split(self, centered: Tensor, method: str) -> Split:

@@ -6,7 +6,7 @@ that importing `kernels` asks nothing of the machine. Left out: gradients (the l
 """
 
 from kernels.conv import packed_conv2d, packed_conv2d_signs
-from kernels.dab import dab_threshold, quantize_dab
+from kernels.dab import dab_threshold, quantize_dab, quantize_dab_many
 from kernels.dab_warm import dab_threshold_warm
 from kernels.dense import two_valued
 from kernels.packing import pack_reached, pack_signs, unpack_signs
@@ -23,6 +23,7 @@ __all__ = [
     "packed_weight_conv2d",
     "pool_bits",
     "quantize_dab",
+    "quantize_dab_many",
     "two_valued",
     "unpack_signs",
 ]

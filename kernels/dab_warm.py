@@ -16,6 +16,7 @@ length at most; where there is a single locally optimal threshold, passes close 
 import torch
 from torch import Tensor
 
+from kernels.dab import filter_rows, has_triton
 from kernels.packing import has_numba
 
 # Each pass shrinks the distance to a local optimum to about 0.64 of itself on Gaussian weights (2 / pi).
@@ -86,9 +87,20 @@ def _dab_threshold_warm_cpu(weight: Tensor, start: Tensor) -> tuple[Tensor, Tens
     return threshold, alpha, beta
 
 
+def _dab_threshold_warm_cuda(weight: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not has_triton():
+        return dab_threshold_warm_reference(weight, start)
+    from kernels import dab_warm_triton
+
+    threshold, alpha, beta = _dab_threshold_warm_fake(weight, start)
+    dab_warm_triton.launch(filter_rows(weight), start.contiguous(), threshold, alpha, beta)
+    return threshold, alpha, beta
+
+
 torch.library.define(
     "dab::dab_threshold_warm", "(Tensor weight, Tensor start) -> (Tensor threshold, Tensor alpha, Tensor beta)"
 )
 torch.library.impl("dab::dab_threshold_warm", "CompositeExplicitAutograd", dab_threshold_warm_reference)
 torch.library.impl("dab::dab_threshold_warm", "CPU", _dab_threshold_warm_cpu)
+torch.library.impl("dab::dab_threshold_warm", "CUDA", _dab_threshold_warm_cuda)
 torch.library.register_fake("dab::dab_threshold_warm", _dab_threshold_warm_fake)

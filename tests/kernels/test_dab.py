@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import dab_threshold, quantize_dab
+from kernels import dab_threshold, quantize_dab, quantize_dab_many
 from kernels.dab import dab_threshold_reference, quantize_dab_reference
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("exact_*.npz"))
@@ -148,6 +148,33 @@ def test_shapes_and_types_without_filters_are_refused():
         quantize_dab(torch.ones(3, 3, dtype=torch.int64))
 
 
+def test_many_weights_together_give_what_each_gives_alone():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4, 3, 3), (5, 1), (2, 147), (1, 8, 1, 1)]
+    weights = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    weights[1] = weights[1].half()
+    together = quantize_dab_many(weights)
+    assert len(together) == len(weights)
+    for weight, parts in zip(weights, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(parts, quantize_dab(weight), strict=True))
+        assert parts[0].shape == weight.shape
+    assert quantize_dab_many([]) == []
+
+
+def test_a_wrong_weight_among_many_is_named():
+    good = torch.randn(3, 5)
+    with pytest.raises(ValueError, match=r"weights\[1\]: shape"):
+        quantize_dab_many([good, torch.ones(3)])
+    with pytest.raises(TypeError, match=r"weights\[1\]: torch\.int64"):
+        quantize_dab_many([good, torch.ones(3, 3, dtype=torch.int64)])
+    with pytest.raises(TypeError, match="weights: float64 and narrower"):
+        quantize_dab_many([good, good.double()])
+    with pytest.raises(ValueError, match="weights: on several devices"):
+        quantize_dab_many([good, torch.empty(3, 5, device="meta")])
+    with pytest.raises(ValueError, match="weights: holds NaN"):
+        quantize_dab_many([good, torch.full((2, 2), torch.nan)])
+
+
 def test_the_weight_itself_is_left_alone():
     weight = torch.randn(3, 5, requires_grad=True)
     before = weight.detach().clone()
@@ -159,3 +186,5 @@ def test_the_weight_itself_is_left_alone():
 def test_the_operator_has_a_faithful_fake():
     operator = torch.ops.dab.dab_threshold.default
     torch.library.opcheck(operator, (torch.randn(3, 4, 3, 3),), test_utils=("test_schema", "test_faketensor"))
+    many, weights = torch.ops.dab.dab_many.default, [torch.randn(3, 4, 3, 3), torch.randn(2, 7)]
+    torch.library.opcheck(many, (weights,), test_utils=("test_schema", "test_faketensor"))
