@@ -27,6 +27,7 @@ from dabnn.models import Network
 from dabnn.models.blocks import Chain, Shortcut
 from dabnn.models.folding import SignThreshold, least_reached
 from dabnn.packed_conv import PackedConv2d
+from dabnn.packed_weight_conv import PackedWeightConv2d
 from kernels import pack_reached, pack_signs, pool_bits
 
 _IDLE = (nn.Dropout, nn.Dropout2d, nn.Identity)
@@ -195,7 +196,7 @@ def _evaluation(modules: Sequence[nn.Module], dtype: torch.dtype) -> Callable[[T
 
 def _write_in_place(stages: Sequence[_Stage], starts: set[str]) -> None:
     """Let a ReLU write into its input where a module just made that and nothing else reads it."""
-    makers = (nn.Conv2d, PackedConv2d, nn.BatchNorm2d, Shortcut)
+    makers = (nn.Conv2d, PackedConv2d, PackedWeightConv2d, nn.BatchNorm2d, Shortcut)
     for (_, before), (name, module) in itertools.pairwise(stages):
         if isinstance(module, nn.ReLU) and isinstance(before, makers) and name not in starts:
             module.inplace = True

@@ -7,7 +7,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ from dabnn.models.table import float_bytes
 from dabnn.packed_check import check_extras, check_layers, check_tensors, lay_out
 from dabnn.packed_conv import PackedConv2d
 from dabnn.packed_place import check_device, check_dtype, place
+from dabnn.packed_weight_conv import PackedWeightConv2d
 from dabnn.quantizers import expand
+
+Weights = Literal["bits", "dense"]
 
 # Of a layer with binary weights: what its bits, alpha and beta stand for.
 _REPLACED = ("weight", "alpha", "beta", "threshold")
@@ -85,6 +88,7 @@ class PackedModel:
         normalization: What to do to images first, or None if unknown; their size is `spec.input_size`.
         provenance: The run, program and data that it comes from.
         dtype: In which the float layers run; logits come in it.
+        weights: How binary weights are held in layers with real inputs, see `load_packed`.
     """
 
     net: Network
@@ -95,6 +99,7 @@ class PackedModel:
     normalization: Normalization | None = None
     provenance: Provenance = Provenance()
     dtype: torch.dtype = torch.float32
+    weights: Weights = "bits"
     _fused: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @torch.inference_mode()
@@ -135,7 +140,8 @@ class PackedModel:
         target = check_dtype(self.dtype if dtype is None else dtype), check_device(device)
         # Anew from the file's tensors: what was rounded once would stay so.
         frame = _lay_out("net", asdict(self.spec))
-        model = _assemble("net", frame, self.tensors, self.classes, self.normalization, self.provenance)
+        extras = (self.classes, self.normalization, self.provenance)
+        model = _assemble("net", frame, self.tensors, *extras, self.weights)
         return replace(model, net=place(model.net, target[1], target[0]), dtype=target[0])
 
     def running(self) -> Network:
@@ -198,6 +204,7 @@ def pack(
     classes: Sequence[str] | None = None,
     normalization: Normalization | None = None,
     provenance: Provenance | None = None,
+    weights: Weights = "bits",
 ) -> PackedModel:
     """Packs a network from `dabnn.models.build`; the network itself is left alone.
 
@@ -206,6 +213,7 @@ def pack(
         classes: Class names in the order of the logits.
         normalization: What was done to its images.
         provenance: Where it comes from.
+        weights: See `load_packed`.
 
     Returns:
         The packed model, on the CPU.
@@ -234,13 +242,18 @@ def pack(
         tensors[f"{path}.weight_bits"] = packed_file.encode_mask(code.mask)
         tensors[f"{path}.alpha"] = code.alpha.float().cpu()
         tensors[f"{path}.beta"] = code.beta.float().cpu()
-    return _assemble(
-        "net", frame, tensors, None if classes is None else tuple(classes), normalization, provenance or Provenance()
-    )
+    names = None if classes is None else tuple(classes)
+    return _assemble("net", frame, tensors, names, normalization, provenance or Provenance(), weights)
 
 
-def load_packed(path: Path | str) -> PackedModel:
+def load_packed(path: Path | str, *, weights: Weights = "bits") -> PackedModel:
     """Reads a packed file; nothing in it is executed, and no size in it is believed that the file does not have.
+
+    Args:
+        path: From `PackedModel.save`.
+        weights: How binary weights are held where a layer's inputs are real. `bits`: as bits, which is smaller, and
+            faster on processors with AVX-512; the layer's values are those of the trained network up to rounding
+            (`kernels.weight_only`). `dense`: as float32, of which torch makes the same values, bit for bit.
 
     Returns:
         The packed model, on the CPU, ready to be called on images.
@@ -262,6 +275,7 @@ def load_packed(path: Path | str) -> PackedModel:
         None if extras.get("classes") is None else tuple(extras["classes"]),
         None if normalization is None else _normalization(**normalization),
         Provenance.of(extras.get("provenance") or {}),
+        weights,
     )
 
 
@@ -323,7 +337,11 @@ def _assemble(
     classes: tuple[str, ...] | None,
     normalization: Normalization | None,
     provenance: Provenance,
+    weights: Weights,
 ) -> PackedModel:
+    if weights not in get_args(Weights):
+        raise InvalidInputError(f"weights: {weights!r}; use one of {', '.join(get_args(Weights))}.")
+    real_form = PackedWeightConv2d if weights == "bits" else _two_valued_conv
     tensors = {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in tensors.items()}
     net, num_bytes = frame.net, float_bytes(frame.net)
     if any(name.endswith(_UNFOLDED) for name in tensors):  # a network, or a file of version 1
@@ -336,7 +354,7 @@ def _assemble(
     for path, layer in frame.layers.items():
         mask = packed_file.decode_mask(tensors[f"{path}.weight_bits"], layer.weight.shape)
         alpha, beta = (tensors[f"{path}.{name}"].float() for name in ("alpha", "beta"))
-        form = PackedConv2d if layer.binary_input else _two_valued_conv
+        form = PackedConv2d if layer.binary_input else real_form
         try:
             net.set_submodule(path, form(layer, mask, alpha, beta))
         except InvalidInputError as error:
@@ -345,7 +363,7 @@ def _assemble(
         net.set_submodule(path, _packed_norm(path, tensors, is_sign=is_sign))
     net.eval().requires_grad_(False)
     place(net, torch.device("cpu"), torch.float32)
-    return PackedModel(net, net.spec, tensors, num_bytes, classes, normalization, provenance)
+    return PackedModel(net, net.spec, tensors, num_bytes, classes, normalization, provenance, weights=weights)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

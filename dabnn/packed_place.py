@@ -11,10 +11,11 @@ from dabnn.errors import InvalidInputError
 from dabnn.models import Network
 from dabnn.models.folding import SignThreshold
 from dabnn.packed_conv import PackedConv2d
+from dabnn.packed_weight_conv import PackedWeightConv2d
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Their own tensors keep their type, whatever that of the values that they read and write.
-_KEEPING = (PackedConv2d, SignThreshold, nn.BatchNorm2d)
+_KEEPING = (PackedConv2d, PackedWeightConv2d, SignThreshold, nn.BatchNorm2d)
 
 
 def check_device(device: torch.device | str) -> torch.device:

@@ -22,12 +22,16 @@ from dabnn.layers import BinaryConv2d
 from dabnn.models import Network
 from dabnn.packed import PackedModel, binary_layers
 from dabnn.packed_file import encode_mask
+from dabnn.packed_weight_conv import PackedWeightConv2d
 
 MIN_SAME_ARGMAX = 0.995
 MAX_TOP1_DIFFERENCE = 0.2
 _UNIT = 2.0**-24
 # alpha - beta, two products and a sum, and the bias: the epilogue after two exact integer sums.
 _EPILOGUE_OPS = 5
+# What binary weights that stay bits beside real inputs may err by, in parts of what a dense convolution may, and their
+# epilogue (`kernels.weight_only`); sums in the tensor cores of a GPU are rounded to two bits less.
+_BITS_ERROR, _BITS_ERROR_CUDA, _BITS_OPS = 3, 12, 5
 # A product with the scale of the inputs, one with their offset, and the sum.
 _SCALED_INPUT_OPS = 3
 
@@ -207,7 +211,7 @@ def _output_check(
 ) -> Callable[[BinaryConv2d, tuple[Tensor], Tensor], None]:
     def check(layer: BinaryConv2d, inputs: tuple[Tensor], output: Tensor) -> None:
         difference = (twin.forward(*inputs) - output).abs()  # not twin(...), whose hook counts flipped signs
-        tally.add_layer(path, difference, _rounding_bound(layer, inputs[0], is_half))
+        tally.add_layer(path, difference, _rounding_bound(layer, twin, inputs[0], is_half))
 
     return check
 
@@ -234,9 +238,9 @@ def _signs(layer: BinaryConv2d, x: Tensor) -> Tensor:
     return input_code(x.float(), layer.options.input_quantizer, layer.input_shift).real >= 0
 
 
-def _rounding_bound(layer: BinaryConv2d, x: Tensor, is_half: bool) -> Tensor:
+def _rounding_bound(layer: BinaryConv2d, twin: nn.Module, x: Tensor, is_half: bool) -> Tensor:
     """Return the largest difference that rounding explains, of a shape that broadcasts to the layer's output."""
-    code = layer.code()
+    code, evaluations = layer.code(), 2
     size = code.mask[0].numel()
     bias = torch.zeros_like(code.alpha) if layer.bias is None else layer.bias.abs()
     if layer.binary_input:
@@ -252,13 +256,15 @@ def _rounding_bound(layer: BinaryConv2d, x: Tensor, is_half: bool) -> Tensor:
             magnitude, stored = largest * magnitude, largest * stored
     else:
         num_operations = size + 1
+        if isinstance(twin, PackedWeightConv2d):
+            num_operations, evaluations = size + _BITS_OPS, 1 + (_BITS_ERROR_CUDA if x.is_cuda else _BITS_ERROR)
         magnitude = _convolve(layer, x.abs(), code.dense().abs())
         stored = _convolve(layer, x.abs(), _storage_error(code.dense(), is_half))
     magnitude = magnitude + bias.view(-1, 1, 1)
     stored = stored + _storage_error(bias, is_half).view(-1, 1, 1)
     growth = num_operations * _UNIT / (1 - num_operations * _UNIT)
     # Divided by 1 - growth, since the sum of magnitudes is itself a float32 result.
-    return 2 * growth / (1 - growth) * (magnitude + stored) + stored
+    return evaluations * growth / (1 - growth) * (magnitude + stored) + stored
 
 
 def _convolve(layer: BinaryConv2d, x: Tensor, weight: Tensor) -> Tensor:
