@@ -17,7 +17,7 @@ Followed by a threshold for each filter, the convolution gives the packed signs 
 its values (`packed_conv2d_signs`): a scale, a shift and a ReLU between the two are monotone, so one threshold holds
 all of them.
 
-Left out: groups and dilation, other number formats of the output.
+Left out: groups and dilation.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,9 @@ from kernels.packing import has_numba, is_plain_cpu, num_words, pack_signs, unpa
 
 # Beyond this many taps a sum of signs need not be exact in float32.
 MAX_TAPS = 2**24 - 1
+
+# What values may be rounded to.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Alpha, beta and bias; for signs also the thresholds and which of them fall.
 _Scalars = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
@@ -46,10 +49,12 @@ def packed_conv2d(
     in_channels: int,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Convolves packed signs with packed two-valued filters; equals conv2d(sign(x), alpha * e + beta * (1 - e)) + bias.
 
-    No gradient. CUDA tensors go to Triton, CPU tensors to Numba, all others to the reference.
+    No gradient. CUDA tensors go to Triton (`kernels.gpu_path` says which way), CPU tensors to Numba, all others to the
+    reference.
 
     Args:
         bits: (N, H, W, ceil(C / 32)) int32 from `pack_signs`. Bits beyond the last channel are ignored.
@@ -60,20 +65,24 @@ def packed_conv2d(
         in_channels: number of input channels C.
         stride: step of the window, one number or (vertical, horizontal).
         padding: rows and columns of zeros at each side, one number or (vertical, horizontal).
+        dtype: type of the result: float32, bfloat16 or float16.
 
     Returns:
-        (N, F, H', W') float32, exact integers with the rounded epilogue of this module.
+        (N, F, H', W') of that type, exact integers with the rounded epilogue of this module, rounded once more to the
+        type; channels-last in memory on the CPU and on GPUs.
 
     Raises:
-        TypeError: a tensor has another type than stated above.
+        TypeError: a tensor has another type than stated above, or dtype is another one.
         ValueError: shapes, devices, stride or padding do not fit together, or the window has more than 2**24 - 1 taps.
     """
     steps, borders = _pair(stride), _pair(padding)
     scalars = (_constant(alpha), _constant(beta), None if bias is None else _constant(bias))
     _check(bits, weight_bits, scalars, in_channels, steps, borders)
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: {dtype}; values come as one of {', '.join(map(str, DTYPES))}")
     if is_plain_cpu(bits):
-        return _packed_conv2d_cpu(bits, weight_bits, *scalars, in_channels, steps, borders)
-    out: Tensor = torch.ops.dab.packed_conv2d(bits, weight_bits, *scalars, in_channels, steps, borders)
+        return _packed_conv2d_cpu(bits, weight_bits, *scalars, in_channels, steps, borders, dtype)
+    out: Tensor = torch.ops.dab.packed_conv2d(bits, weight_bits, *scalars, in_channels, steps, borders, dtype)
     return out
 
 
@@ -148,6 +157,7 @@ def packed_conv2d_reference(
     in_channels: int,
     stride: Sequence[int],
     padding: Sequence[int],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Plain-torch `packed_conv2d` on any device, arguments as there; sums in float64, where no algorithm rounds."""
     signs = unpack_signs(bits, in_channels).double()
@@ -155,7 +165,7 @@ def packed_conv2d_reference(
     selected = F.conv2d(signs, mask, stride=tuple(stride), padding=tuple(padding)).float()
     total = F.conv2d(signs, torch.ones_like(mask[:1]), stride=tuple(stride), padding=tuple(padding)).float()
     out = (alpha - beta).view(1, -1, 1, 1) * selected + beta.view(1, -1, 1, 1) * total
-    return out if bias is None else out + bias.view(1, -1, 1, 1)
+    return (out if bias is None else out + bias.view(1, -1, 1, 1)).to(dtype or torch.float32)
 
 
 def _empty_rows(bits: Tensor, weight_bits: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
@@ -167,7 +177,9 @@ def _empty_rows(bits: Tensor, weight_bits: Tensor, stride: Sequence[int], paddin
 
 def _empty_output(bits: Tensor, weight_bits: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     out = _empty_rows(bits, weight_bits, stride, padding).permute(0, 3, 1, 2)
-    return out if bits.device.type == "cpu" else torch.empty_like(out, memory_format=torch.contiguous_format)
+    if bits.device.type in ("cpu", "cuda"):
+        return out
+    return torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
 def _packed_conv2d_fake(
@@ -179,8 +191,9 @@ def _packed_conv2d_fake(
     in_channels: int,  # noqa: ARG001
     stride: Sequence[int],
     padding: Sequence[int],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return _empty_output(bits, weight_bits, stride, padding)
+    return _empty_output(bits, weight_bits, stride, padding).to(dtype or torch.float32)
 
 
 def _packed_conv2d_cpu(
@@ -192,15 +205,17 @@ def _packed_conv2d_cpu(
     in_channels: int,
     stride: Sequence[int],
     padding: Sequence[int],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     if not has_numba():
         out = _empty_output(bits, weight_bits, stride, padding)
-        return out.copy_(packed_conv2d_reference(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding))
+        out.copy_(packed_conv2d_reference(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding))
+        return out.to(dtype or torch.float32)
     from kernels import conv_numba
 
     rows = _empty_rows(bits, weight_bits, stride, padding)
     conv_numba.launch_rows(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding, rows)
-    return rows.permute(0, 3, 1, 2)
+    return rows.permute(0, 3, 1, 2).to(dtype or torch.float32)
 
 
 def _packed_conv2d_cuda(
@@ -212,12 +227,32 @@ def _packed_conv2d_cuda(
     in_channels: int,
     stride: Sequence[int],
     padding: Sequence[int],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    from kernels import conv_triton
+    from kernels.conv_cuda import convolve
+    from kernels.conv_layer import Filters
 
-    out = _empty_output(bits, weight_bits, stride, padding)
-    conv_triton.launch(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding, out)
-    return out
+    filters = Filters(weight_bits, alpha, beta, bias)
+    return convolve(bits, filters, in_channels, stride, padding, dtype or torch.float32)
+
+
+def _packed_conv2d_signs_cuda(
+    bits: Tensor,
+    weight_bits: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    falls: Tensor,
+    in_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    from kernels.conv_cuda import convolve
+    from kernels.conv_layer import Filters
+
+    filters = Filters(weight_bits, alpha, beta, bias, threshold, falls)
+    return convolve(bits, filters, in_channels, stride, padding, torch.float32)
 
 
 def _empty_signs(bits: Tensor, weight_bits: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
@@ -364,7 +399,7 @@ def _check_geometry(
 torch.library.define(
     "dab::packed_conv2d",
     "(Tensor bits, Tensor weight_bits, Tensor alpha, Tensor beta, Tensor? bias, int in_channels, int[2] stride, "
-    "int[2] padding) -> Tensor",
+    "int[2] padding, ScalarType? dtype=None) -> Tensor",
 )
 torch.library.impl("dab::packed_conv2d", "CompositeExplicitAutograd", packed_conv2d_reference)
 torch.library.impl("dab::packed_conv2d", "CPU", _packed_conv2d_cpu)
@@ -378,4 +413,5 @@ torch.library.define(
 )
 torch.library.impl("dab::packed_conv2d_signs", "CompositeExplicitAutograd", packed_conv2d_signs_reference)
 torch.library.impl("dab::packed_conv2d_signs", "CPU", _packed_conv2d_signs_cpu)
+torch.library.impl("dab::packed_conv2d_signs", "CUDA", _packed_conv2d_signs_cuda)
 torch.library.register_fake("dab::packed_conv2d_signs", _packed_conv2d_signs_fake)

@@ -56,8 +56,8 @@ def pack_signs(x: Tensor) -> Tensor:
 def pack_reached(x: Tensor, threshold: Tensor, falls: Tensor) -> Tensor:
     """Packs one bit of each value: (x >= threshold) xor falls, each of them by channel.
 
-    That is the sign of a batch normalisation of x, without ever writing it. No gradient. CPU tensors go to Numba, all
-    others to the reference.
+    That is the sign of a batch normalisation of x, without ever writing it. No gradient. CUDA tensors go to
+    Triton, CPU tensors to Numba, all others to the reference.
 
     Args:
         x: (N, C, H, W), a floating type.
@@ -176,6 +176,14 @@ def _pack_signs_cuda(x: Tensor) -> Tensor:
     return bits
 
 
+def _pack_reached_cuda(x: Tensor, threshold: Tensor, falls: Tensor) -> Tensor:
+    from kernels import packing_triton
+
+    bits = _empty_bits(x)
+    packing_triton.launch_reached(x, threshold, falls, bits)
+    return bits
+
+
 # `torch.library.custom_op` would do the same, but its first call imports torch._dynamo: seconds for one prediction.
 torch.library.define("dab::pack_signs", "(Tensor x) -> Tensor")
 torch.library.impl("dab::pack_signs", "CompositeExplicitAutograd", pack_signs_reference)
@@ -185,4 +193,5 @@ torch.library.register_fake("dab::pack_signs", _empty_bits)
 torch.library.define("dab::pack_reached", "(Tensor x, Tensor threshold, Tensor falls) -> Tensor")
 torch.library.impl("dab::pack_reached", "CompositeExplicitAutograd", pack_reached_reference)
 torch.library.impl("dab::pack_reached", "CPU", _pack_reached_cpu)
+torch.library.impl("dab::pack_reached", "CUDA", _pack_reached_cuda)
 torch.library.register_fake("dab::pack_reached", _empty_reached)
