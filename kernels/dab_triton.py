@@ -44,7 +44,7 @@ def num_warps_for(size: int) -> int:
     return 1 if size <= 1280 else 2 if size <= 2560 else 4 if size <= 32768 else 8
 
 
-def launch(weight: Tensor, threshold: Tensor, alpha: Tensor, beta: Tensor) -> None:
+def launch(weight: Tensor, threshold: Tensor, alpha: Tensor, beta: Tensor, *, num_warps: int | None = None) -> None:
     """Writes each filter's optimum.
 
     Args:
@@ -52,12 +52,13 @@ def launch(weight: Tensor, threshold: Tensor, alpha: Tensor, beta: Tensor) -> No
         threshold: (F,), overwritten: the smallest weight of the upper group.
         alpha: (F,), overwritten; alpha or beta is not finite where a weight of the filter is not.
         beta: (F,), overwritten.
+        num_warps: how many warps share a filter; by its size if None.
     """
     num_filters, size = weight.shape
     if num_filters == 0:
         return
     with on_device_of(weight):
-        _threshold_kernel[(num_filters,)](weight, threshold, alpha, beta, size, **launch_options(size))
+        _threshold_kernel[(num_filters,)](weight, threshold, alpha, beta, size, **launch_options(size, num_warps))
 
 
 def launch_many(weights: Sequence[Tensor], mask: Tensor, threshold: Tensor, alpha: Tensor, beta: Tensor) -> None:
@@ -118,9 +119,9 @@ def _table(lines: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Te
     return source.to(device, non_blocking=True), source
 
 
-def launch_options(size: int) -> dict[str, Any]:
+def launch_options(size: int, num_warps: int | None = None) -> dict[str, Any]:
     """Returns what every kernel that calls `search` is launched with, for filters of `size` weights."""
-    num_warps = num_warps_for(size)
+    num_warps = num_warps or num_warps_for(size)
     # Products that round on their own make the gains those of the other versions.
     return {"BLOCK": LANE_WEIGHTS * 32 * num_warps, "num_warps": num_warps, "enable_fp_fusion": False}
 
