@@ -11,12 +11,12 @@ processors run is in `cpu_path`.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numba import types
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.compiled import compiled
 from kernels.conv_numba_layout import Filters, Scalars, arrange, last_word, lay_out
 from kernels.conv_numba_loops import Numbers, Places, address, empty_images, prepare, run_task
 from kernels.derived import derived
@@ -157,7 +157,7 @@ def _launch(
     _convolve_in_team(words, *plan, chunks, out, (runtime_address(), worker, num_threads))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _convolve(
     words: NDArray[np.int32],
     filters: Filters,
@@ -191,7 +191,7 @@ def _team_arguments(out: Any) -> list[Any]:
 _run_team, _value_arguments, _sign_arguments = team_of(_team_arguments(types.float32), _team_arguments(types.uint32))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _work(arguments: Any) -> None:
     """Prepares images, or without chunks convolves them, as long as there are any left."""
     counter, bits, images, filters, places, numbers, num_chunks, out = arguments
@@ -214,7 +214,7 @@ def _work_on_signs(data: Any) -> None:
     _work(_sign_arguments(data))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _convolve_in_team(
     words: NDArray[np.int32],
     filters: Filters,

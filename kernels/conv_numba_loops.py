@@ -7,10 +7,10 @@ of each window, the same for all filters, is a box sum of the pixels' counts.
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.compiled import compiled
 from kernels.conv_numba_layout import VALUE_ROWS, Filters
 from kernels.vector_ir import count_ones
 from kernels.vector_tile import TILE_FILTERS, convolve_tile
@@ -23,7 +23,7 @@ Numbers = tuple[int, np.uint32, int, int, int, int, int, int, int]
 Images = tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.float32]]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _pad(bits: NDArray[np.uint32], tail: np.uint32, pad_h: int, pad_w: int, padded: NDArray[np.uint32]) -> None:
     """Copies an image into the middle of a larger one of zeros, without the bits beyond the last channel."""
     height, width, words = bits.shape
@@ -42,7 +42,7 @@ def _pad(bits: NDArray[np.uint32], tail: np.uint32, pad_h: int, pad_w: int, padd
     target[place:] = 0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _count_pixels(padded: NDArray[np.uint32], ones: NDArray[np.int32]) -> None:
     """Writes the ones of each pixel; whole arrays at a time, which the compiler turns into vector code."""
     words, source, target = padded.shape[2], padded.reshape(-1), ones.reshape(-1)
@@ -62,7 +62,7 @@ def _count_pixels(padded: NDArray[np.uint32], ones: NDArray[np.int32]) -> None:
             target[pixel] = total
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _add_columns(line: NDArray[np.int32], taps: int, stride: int, total: NDArray[np.int32]) -> None:
     """Writes the sum of the `taps` columns of each window."""
     if stride == 1:  # with a step of one the loop is vector code
@@ -78,7 +78,7 @@ def _add_columns(line: NDArray[np.int32], taps: int, stride: int, total: NDArray
             total[x] += line[x * stride + tap]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _sum_signs(
     padded: NDArray[np.uint32],
     in_channels: int,
@@ -107,7 +107,7 @@ def _sum_signs(
             sums[first + x] = np.float32(2 * total[x] - inside * taps[x])
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _pair(padded: NDArray[np.uint32], step: int, pairs: NDArray[np.uint32]) -> None:
     """Writes for each word w, with v the same word `step` pixels further, the four bits that meet one filter's index.
 
@@ -126,7 +126,7 @@ def _pair(padded: NDArray[np.uint32], step: int, pairs: NDArray[np.uint32]) -> N
         target[2 * index + 1] = source[index] >> four & low
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def prepare(image: int, bits: NDArray[np.uint32], images: Images, places: Places, numbers: Numbers) -> None:
     """Writes what the tiles read of one image of `bits` (N, H, W, words)."""
     padded, inputs, sums = images[0][image], images[1][image], images[2][image]
@@ -137,13 +137,13 @@ def prepare(image: int, bits: NDArray[np.uint32], images: Images, places: Places
         _pair(padded, numbers[8], inputs)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def address(values: NDArray[Any]) -> int:
     """Returns the address of the first element."""
     return np.int64(values.ctypes.data)  # type: ignore[return-value] # Numba's integers are these
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def run_task(task: int, images: Images, filters: Filters, places: Places, num_chunks: int, out: NDArray[Any]) -> None:
     """Convolves a range of tiles of one image with one block of filters, into out (N, windows, filters or words)."""
     (_, inputs, sums), (blocks, scalars, ones), (starts, kinds, outputs) = images, filters, places[:3]
@@ -176,7 +176,7 @@ def run_task(task: int, images: Images, filters: Filters, places: Places, num_ch
                     out[image, outputs[tile, index], first + column] = row[index, column]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def empty_images(bits: NDArray[np.uint32], places: Places, numbers: Numbers) -> Images:
     """Returns room for the images."""
     batch, height, width, words = bits.shape

@@ -23,6 +23,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kernels.compiled import versioned
+
 _I32, _I64, _BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 _WORKER = ir.FunctionType(ir.VoidType(), [_BYTES])
 _PARALLEL = ir.FunctionType(ir.VoidType(), [_WORKER.as_pointer(), _BYTES, _I32, _I32])
@@ -108,7 +110,7 @@ next_task: Any = intrinsic(_type_next)
 @cache
 def worker_address(work: Callable[[Any], None]) -> int:
     """Returns the address of `work(data)`, a module's function, compiled as a C function when first asked for."""
-    compiled = numba.cfunc(types.void(types.voidptr), cache=True)(work)
+    compiled = numba.cfunc(types.void(types.voidptr), cache=True)(versioned(work))
     _compiled.append(compiled)
     return int(compiled.address or 0)
 
