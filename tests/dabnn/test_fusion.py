@@ -102,8 +102,34 @@ def test_what_a_shortcut_or_a_real_layer_reads_stays_a_number() -> None:
         "add2": "Shortcut",
         "relu2": "ReLU",
     }
-    assert [name for name in kinds(fused) if name.endswith("1")] == ["conv1", "bn1", "relu1", "pool1", "stage1"]
+    assert [name for name in kinds(fused) if name.endswith("1")] == ["conv1", "pool1", "bn1", "relu1", "stage1"]
     assert not any(isinstance(m, PackReached) for m in packed.net.modules())
+
+
+def test_pooling_before_a_chain_that_begins_with_a_sign_is_of_bits() -> None:
+    fused = fuse(pack(trained_like("squeezenetfbin", width=0.25, input_size=64)).net)
+    assert not any(isinstance(module, nn.MaxPool2d) for module in fused.modules())
+    assert list(kinds(fused))[:4] == ["conv1", "fire1_bn", "pool1", "fire1"]
+    first = fused.get_submodule("fire1.squeeze")
+    assert isinstance(first, Chain)
+    assert list(kinds(first)) == ["conv", "relu"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_pooling_goes_before_a_norm_whatever_the_signs_of_its_channels(bias: bool) -> None:
+    net = trained_like("resnetfbin18", width=0.25, input_size=80)
+    packed = pack(net)
+    conv, norm = (packed.net.get_submodule(name) for name in ("conv1", "bn1"))
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert (norm.weight < 0).any()
+    if bias:
+        conv.register_parameter("bias", nn.Parameter(torch.linspace(-1, 1, 16), requires_grad=False))
+    before = conv.weight.clone()
+    fused = fuse(packed.net)
+    x = images(net.spec)
+    with torch.inference_mode():
+        assert torch.equal(fused(x), packed.net(x))
+    assert torch.equal(conv.weight, before)
 
 
 def test_an_rprelu_that_is_not_monotone_is_run() -> None:
@@ -129,7 +155,7 @@ def test_signs_of_rounded_values_are_those_of_the_values(dtype: torch.dtype) -> 
 
 
 @given(st.integers(0, 2**31), st.sampled_from([torch.bfloat16, torch.float16]))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_a_threshold_rounds_up_to_a_16_bit_type(seed: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     threshold = torch.randn(64, generator=generator) * 10 ** torch.randint(-8, 5, (64,), generator=generator)
