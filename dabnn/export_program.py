@@ -1,8 +1,9 @@
 """Packed models as `torch.export` programs (.pt2): a graph of torch's operators and of those of `kernels`.
 
-The program is the network in the form in which it runs (`dabnn.fusion`), so it gives the same logits bit for bit, as
-fast, without the code of `dabnn`: `import kernels; torch.export.load(path).module()(images)`. Binary weights are bits
-in the file; what is half in the packed file is half here, and made float32 in each call.
+The program is the network in the form in which it runs (`dabnn.fusion`, with weights="bits"), so it gives the same
+logits bit for bit, as fast, without the code of `dabnn`: `import kernels; torch.export.load(path).module()(images)`.
+Binary weights are the words that the kernels read; what is half in the packed file is half here, and made float32 in
+each call.
 
 Unlike a packed file, a .pt2 file is read by torch's own reader, which trusts it: load those of known origin only.
 Left out: compiling the program for machines without Python (AOTInductor).
@@ -13,6 +14,7 @@ import io
 import json
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,7 +51,7 @@ def export_program(packed: PackedModel, path: Path | str) -> int:
     """
     spec = packed.spec
     with torch.inference_mode(False), torch.no_grad():  # modes that are entered in it stand in the graph
-        network = _Program(_stored(packed.to("cpu", torch.float32))).eval()
+        network = _Program(_stored(packed)).eval()
         example = torch.zeros(2, spec.in_channels, spec.input_size, spec.input_size)
         sizes = {"images": {0: torch.export.Dim("batch", min=1)}}
         program = torch.export.export(network, (example,), dynamic_shapes=sizes)
@@ -84,7 +86,7 @@ def load_program(path: Path | str) -> ExportedModel:
 def wrong_constants(packed: PackedModel, path: Path | str) -> list[str]:
     """Return the names of the tensors of a program that are not the bits and numbers of a packed model."""
     found = torch.export.load(Path(path)).state_dict
-    expected = _Program(_stored(packed.to("cpu", torch.float32))).state_dict()
+    expected = _Program(_stored(packed)).state_dict()
     names = found.keys() | expected.keys()
     return sorted(n for n in names if n not in found or n not in expected or not torch.equal(found[n], expected[n]))
 
@@ -111,45 +113,17 @@ class _FromHalf(nn.Module):
         return (weight.half(),)  # one tensor by itself may not be of another type
 
 
-class _FromBits(nn.Module):
-    """A two-valued weight (F, C, kh, kw) that is kept as the bits of its mask, alpha (F,) and beta (F,)."""
-
-    def __init__(self, bits: Tensor, alpha: Tensor, beta: Tensor, shape: torch.Size) -> None:
-        super().__init__()
-        self.register_buffer("bits", bits.clone())
-        self.register_buffer("places", 2 ** torch.arange(8, dtype=torch.uint8))
-        self._scalars = alpha.clone(), beta.clone()
-        self._shape = shape
-
-    def forward(self, alpha: Tensor, beta: Tensor) -> Tensor:
-        filters, channels, height, width = self._shape
-        bits, places = self.get_buffer("bits"), self.get_buffer("places")
-        flat = (bits.unsqueeze(1).bitwise_and(places) != 0).flatten()[: self._shape.numel()]
-        mask = flat.view(filters, height, width, channels).permute(0, 3, 1, 2)
-        return torch.where(mask, alpha.float().view(-1, 1, 1, 1), beta.float().view(-1, 1, 1, 1))
-
-    def right_inverse(self, _weight: Tensor) -> tuple[Tensor, Tensor]:
-        return self._scalars
-
-
 def _stored(packed: PackedModel) -> nn.Module:
-    """Return a copy of the network as it runs, whose tensors are its own and as small as in the packed file."""
-    running = packed.running()
+    """Return the network as it runs on the CPU with its bits, whose tensors are its own, half where the file's are."""
+    running = replace(packed, weights="bits").to("cpu", torch.float32).running()
     own = {id(tensor): tensor.clone() for tensor in running.buffers()}
     own |= {id(weight): nn.Parameter(weight.detach().clone(), requires_grad=False) for weight in running.parameters()}
     net = copy.deepcopy(running, own)
     for path, module in list(net.named_modules()):
         if not isinstance(module, nn.Conv2d | nn.Linear):
             continue
-        weight = packed.tensors.get(f"{path}.weight")
-        if weight is None:
-            bits, alpha, beta = (packed.tensors[f"{path}.{name}"] for name in ("weight_bits", "alpha", "beta"))
-            form: nn.Module = _FromBits(bits, alpha, beta, module.weight.shape)
-        elif weight.dtype == torch.float16:
-            form = _FromHalf()
-        else:
-            continue
-        parametrize.register_parametrization(module, "weight", form, unsafe=True)
+        if packed.tensors[f"{path}.weight"].dtype == torch.float16:
+            parametrize.register_parametrization(module, "weight", _FromHalf(), unsafe=True)
     return net
 
 

@@ -109,9 +109,10 @@ def _rounding_bound(conv: BinaryConv2d, scalars: tuple[Tensor, Tensor, Tensor, T
     mask, alpha, beta, bias = scalars
     size = mask[0].numel()
     if not conv.binary_input:
-        weight = expand(mask, alpha, beta).abs()
+        # Either side may compute it as (alpha - beta) * (sum where the mask is 1) + beta * (sum).
+        weight = expand(mask, (alpha - beta).abs() + beta.abs(), beta.abs())
         sums = F.conv2d(x.abs(), weight, bias.abs(), conv.stride, conv.padding, conv.dilation, conv.groups)
-        return _twice(size + 1) * sums
+        return _twice(size + _EPILOGUE_OPS) * sums
     magnitude = (size * ((alpha - beta).abs() + beta.abs())).view(-1, 1, 1)
     code = input_code(x, conv.options.input_quantizer, None)
     if conv.options.input_quantizer != "two_valued" or code.scale is None or code.offset is None:

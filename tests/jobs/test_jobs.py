@@ -365,6 +365,12 @@ def test_export_evaluate_and_predict_agree(dab: Dab, digits: Path, whole: Ended,
     assert 0 < sum(probabilities) <= 1 + 1e-6
     assert {entry["class"] for entry in seen["classes"]} < {str(digit) for digit in range(10)}
 
+    onnx = tmp_path / "model.onnx"
+    again = dab.ok("export", "whole", "-o", onnx, "--format", "onnx")
+    assert again["comparison"]["same_argmax"] >= 0.995
+    assert again["file_bytes"] == again["comparison"]["file_bytes"] == onnx.stat().st_size
+    assert {key: again[key] for key in ("top1_packed", "format")} == {"top1_packed": of_run["top1"], "format": "onnx"}
+
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(file.read_bytes()[:-100])
     done = dab("predict", damaged, image)
