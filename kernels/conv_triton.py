@@ -205,36 +205,41 @@ def _conv_kernel(
     top = y * stride_h - pad_h
     left = x * stride_w - pad_w
 
-    # A tap inside the image adds 2 * popc(b & e) - popc(e) to E and 2 * popc(b) - channels to S, others nothing.
+    # A tap inside the image adds 2 * popc(b & e) - popc(e) to E and 2 * popc(b) - channels to S, others nothing. The
+    # twos come last: LLVM does not know a population count again once it is multiplied.
     # tl.full and not tl.zeros, a jitted function: interpreted or not is settled when triton loads.
-    selected = tl.full((BLOCK_PIXELS, BLOCK_FILTERS), 0, dtype=tl.int32)
-    total = tl.full((BLOCK_PIXELS,), 0, dtype=tl.int32)
+    both = tl.full((BLOCK_PIXELS, BLOCK_FILTERS), 0, dtype=tl.int32)
+    inside = tl.full((BLOCK_PIXELS, BLOCK_FILTERS), 0, dtype=tl.int32)
+    ones = tl.full((BLOCK_PIXELS,), 0, dtype=tl.int32)
+    taps = tl.full((BLOCK_PIXELS,), 0, dtype=tl.int32)
     for tap in range(kernel_h * kernel_w):
         row = top + tap // kernel_w
         column = left + tap % kernel_w
         is_valid = is_pixel & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         source = bits_ptr + ((image * height + row) * width + column) * words
         weights = weight_ptr + (feature * kernel_h * kernel_w + tap) * words
-        total -= tl.where(is_valid, in_channels, 0)
+        taps += tl.where(is_valid, 1, 0)
         for word in range(words):
             channels = tl.where(word == words - 1, TAIL, -1)
             signs = tl.load(source + word, mask=is_valid, other=0) & channels
             mask = tl.load(weights + word, mask=is_feature, other=0) & channels
-            total += 2 * _popcount(signs)
-            selected += 2 * _popcount(signs[:, None] & mask[None, :])
-            selected -= tl.where(is_valid[:, None], _popcount(mask)[None, :], 0)
+            ones += _popcount(signs)
+            both += _popcount(signs[:, None] & mask[None, :])
+            inside += tl.where(is_valid[:, None], _popcount(mask)[None, :], 0)
 
     beta = tl.load(beta_ptr + feature, mask=is_feature, other=0.0)
     scale = tl.load(alpha_ptr + feature, mask=is_feature, other=0.0) - beta
-    result = scale[None, :] * selected.to(tl.float32) + beta[None, :] * total.to(tl.float32)[:, None]
+    selected = (2 * both - inside).to(tl.float32)
+    total = (2 * ones - in_channels * taps).to(tl.float32)
+    result = scale[None, :] * selected + beta[None, :] * total[:, None]
     if HAS_BIAS:
         result += tl.load(bias_ptr + feature, mask=is_feature, other=0.0)[None, :]
     target = out_ptr + (image * out_stride_n + y * out_stride_h + x * out_stride_w)
     if IS_PACKED:
         threshold = tl.load(threshold_ptr + feature, mask=is_feature, other=float("inf"))
         falls = tl.load(falls_ptr + feature, mask=is_feature, other=0) != 0
-        ones = ((result >= threshold[None, :]) ^ falls[None, :]).to(tl.uint32)
-        packed = tl.sum(ones << tl.arange(0, BLOCK_FILTERS)[None, :].to(tl.uint32), axis=1)
+        reached = ((result >= threshold[None, :]) ^ falls[None, :]).to(tl.uint32)
+        packed = tl.sum(reached << tl.arange(0, BLOCK_FILTERS)[None, :].to(tl.uint32), axis=1)
         tl.store(
             target + tl.program_id(1) * out_stride_f, packed.to(tl.uint32).to(tl.int32, bitcast=True), mask=is_pixel
         )

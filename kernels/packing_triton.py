@@ -73,6 +73,15 @@ def _run(x: Tensor, threshold: Tensor | None, falls: Tensor | None, bits: Tensor
 
 
 @triton.jit
+def _is_reached(value, threshold):
+    """Compares in float32 at least, which is exact: Triton's interpreter compares the bits of bfloat16."""
+    if value.dtype == tl.float64:
+        return value >= threshold
+    else:  # noqa: RET505  (Triton takes one return a branch)
+        return value.to(tl.float32) >= threshold.to(tl.float32)
+
+
+@triton.jit
 def _pack_rows_kernel(
     x_ptr,
     threshold_ptr,
@@ -96,8 +105,8 @@ def _pack_rows_kernel(
     is_value = (place < num_words)[:, None] & (channel < channels)
     value = tl.load(x_ptr + ((place // words * stride_w)[:, None] + channel), mask=is_value, other=-1.0)
     if HAS_THRESHOLD:
-        reached = value >= tl.load(threshold_ptr + channel, mask=is_value, other=float("inf"))
-        ones = reached ^ (tl.load(falls_ptr + channel, mask=is_value, other=0) != 0)
+        threshold = tl.load(threshold_ptr + channel, mask=is_value, other=float("inf"))
+        ones = _is_reached(value, threshold) ^ (tl.load(falls_ptr + channel, mask=is_value, other=0) != 0)
     else:
         ones = value >= 0
     packed = tl.sum(ones.to(tl.uint32) << bit[None, :].to(tl.uint32), axis=1)
@@ -137,8 +146,8 @@ def _pack_planes_kernel(
         is_channel = channel < channels
         value = tl.load(source + channel.to(tl.int64) * stride_c, mask=is_pixel & is_channel, other=-1.0)
         if HAS_THRESHOLD:
-            reached = value >= tl.load(threshold_ptr + channel, mask=is_channel, other=float("inf"))
-            ones = reached ^ (tl.load(falls_ptr + channel, mask=is_channel, other=0) != 0)
+            threshold = tl.load(threshold_ptr + channel, mask=is_channel, other=float("inf"))
+            ones = _is_reached(value, threshold) ^ (tl.load(falls_ptr + channel, mask=is_channel, other=0) != 0)
         else:
             ones = value >= 0
         packed |= ones.to(tl.uint32) << bit
