@@ -71,8 +71,8 @@ class BenchResult:
         packed_form: The packed form.
         float_form: The float peer.
         speedup: Of the medians; below 1 float wins.
-        float_share: Of the time of the packed form's layers, the share of those that are not binary in weights and
-            inputs: what bounds the gain.
+        float_share: Of the time of the packed form's layers, the share that works on ordinary numbers: what bounds the
+            gain.
         layers: In the order of the network.
         rest_packed_ms: What the whole packed network takes beyond its layers.
         rest_float_ms: Likewise.
@@ -125,6 +125,7 @@ def bench(
         for layer in time_layers(moved.running(), peer, images, turns=turns):
             steps.begin(layer.path)
             layers.append(layer)
+        steps.end()
     sizes = {"packed": file_bytes, "float": packed.float_bytes}
     forms = {name: _form_result(whole[name], place.batch, memory[name], sizes[name]) for name in sizes}
     return BenchResult(
@@ -137,7 +138,7 @@ def bench(
         packed_form=forms["packed"],
         float_form=forms["float"],
         speedup=forms["float"].median_ms / forms["packed"].median_ms,
-        float_share=sum(row.packed_ms for row in layers if row.kind != "binary") / sum(row.packed_ms for row in layers),
+        float_share=sum(row.packed_float_ms for row in layers) / sum(row.packed_ms for row in layers),
         layers=tuple(layers),
         rest_packed_ms=forms["packed"].median_ms - sum(row.packed_ms for row in layers),
         rest_float_ms=forms["float"].median_ms - sum(row.float_ms for row in layers),
@@ -154,6 +155,9 @@ class _Steps:
         if self._on_progress is not None:
             self._on_progress(self._done, max(self._total, self._done), text)
         self._done += 1
+
+    def end(self) -> None:
+        self.begin("done")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The time of each layer of a packed network beside that of its float peer.
 
-A layer is a convolution or a linear layer together with what stands between it and the one before: normalisation,
-activation, pooling, signs. Each module is run on its own input, recorded in a pass of its own network, so that its data
-lie in nearer caches than in a pass of the whole network.
+A layer is a convolution or a linear layer together with what runs between it and the next: activation, pooling,
+normalisation, signs. Each module is run on its own input, recorded in a pass of its own network, so that its data lie
+in nearer caches than in a pass of the whole network.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dabnn.fusion import PackReached, PoolBits
 from dabnn.models import LayerRow, Network, outline
+from dabnn.packed_conv import PackedConv2d
 from dabnn.turns import Form, in_turns
 
-AFTER = "after"
 _BUDGET_S = 15.0
 _REPEATS_ON_CUDA = 20  # a layer of one image takes microseconds, and an event has a resolution of half of one
 
@@ -28,18 +29,22 @@ _KINDS = {
     (False, False): "real",
 }
 
+# Modules of a packed network that write bits, or read them; all others work on ordinary numbers.
+_ON_BITS = (PackedConv2d, PackReached, PoolBits)
+
 Call = tuple[nn.Module, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer, with what stands before it.
+    """One layer, with what follows it.
 
     Attributes:
-        path: Its name in the network; `after` for what follows the last one.
+        path: Its name in the network.
         kind: `binary` (weights and inputs), `binary weights`, `binary inputs` or `real`.
         macs: Multiply-accumulates of one image.
         packed_ms: Median of the packed form, of one batch.
+        packed_float_ms: The part of it that works on ordinary numbers: real convolutions, normalisation, pooling.
         float_ms: Median of the float peer.
         speedup: `float_ms / packed_ms`; below 1 float wins.
     """
@@ -48,6 +53,7 @@ class LayerResult:
     kind: str
     macs: int
     packed_ms: float
+    packed_float_ms: float
     float_ms: float
     speedup: float
 
@@ -67,51 +73,52 @@ def time_layers(packed: Network, peer: Network, images: Tensor, *, turns: int | 
         images: For both.
         turns: Rounds; None for as many as fit into 15 s for all layers together, at least 5.
     """
-    ends = layer_paths(peer)
-    groups = {"packed": _groups(packed, ends, images), "float": _groups(peer, ends, images)}
+    starts = layer_paths(peer)
+    groups = {"packed": _groups(packed, starts, images), "float": _groups(peer, starts, images)}
     rows = {row.path: row for row in outline(**asdict(packed.spec)).layers}
-    for path in [*ends, AFTER]:
-        calls = {
-            name: _recorded(net, groups[name].get(path, []), images)
-            for name, net in (("packed", packed), ("float", peer))
+    for path in starts:
+        calls = _recorded(packed, groups["packed"][path], images)
+        forms = {
+            "bits": _all_of([call for call in calls if isinstance(call[0], _ON_BITS)]),
+            "numbers": _all_of([call for call in calls if not isinstance(call[0], _ON_BITS)]),
+            "float": _all_of(_recorded(peer, groups["float"][path], images)),
         }
-        if not any(calls.values()):
-            continue
         times, _ = in_turns(
-            {name: _all_of(each) for name, each in calls.items()},
+            forms,
             images.device,
             turns=turns,
-            budget_s=_BUDGET_S / len(ends),
+            budget_s=_BUDGET_S / len(starts),
             repeats=_REPEATS_ON_CUDA if images.device.type == "cuda" else 1,
         )
-        packed_ms, float_ms = (1e3 * times[name].median_s for name in ("packed", "float"))
-        yield LayerResult(path, *_kind_and_macs(peer, path, rows.get(path)), packed_ms, float_ms, float_ms / packed_ms)
+        bits_ms, numbers_ms, float_ms = (1e3 * each.median_s for each in times.values())
+        packed_ms = bits_ms + numbers_ms
+        kind, macs = _kind_and_macs(peer, path, rows.get(path))
+        yield LayerResult(path, kind, macs, packed_ms, numbers_ms, float_ms, float_ms / packed_ms)
 
 
 def _kind_and_macs(peer: Network, path: str, row: LayerRow | None) -> tuple[str, int]:
     if row is not None:
         return _KINDS[row.binary_weights, row.binary_inputs], row.macs
-    return "real", 0 if path == AFTER else cast(nn.Linear, peer.get_submodule(path)).weight.numel()
+    return "real", cast(nn.Linear, peer.get_submodule(path)).weight.numel()
 
 
-def _groups(net: Network, ends: Sequence[str], images: Tensor) -> dict[str, list[str]]:
-    """Return, for each layer, the modules that make it up, as they run."""
+def _groups(net: Network, starts: Sequence[str], images: Tensor) -> dict[str, list[str]]:
+    """Return, for each layer, the modules that make it up, as they run; what stands before the first belongs to it."""
     order: list[str] = []
-    with _hooks(net, _units(net, ends), lambda path, _: order.append(path)):
+    with _hooks(net, _units(net, starts), lambda path, _: order.append(path)):
         net(images)
-    groups: dict[str, list[str]] = {}
-    group: list[str] = []
+    groups: dict[str, list[str]] = {path: [] for path in starts}
+    current = starts[0]
     for path in order:
-        group.append(path)
-        if path in ends:
-            groups[path], group = group, []
-    return groups | {AFTER: group}
+        current = path if path in groups else current
+        groups[current].append(path)
+    return groups
 
 
-def _units(net: Network, ends: Sequence[str]) -> list[str]:
+def _units(net: Network, starts: Sequence[str]) -> list[str]:
     """Return the paths of the modules that are run as a whole: the layers, and what has no modules inside."""
-    inside = tuple(f"{path}." for path in ends)
-    leaves = (path for path, module in net.named_modules() if path in ends or next(module.children(), None) is None)
+    inside = tuple(f"{path}." for path in starts)
+    leaves = (path for path, module in net.named_modules() if path in starts or next(module.children(), None) is None)
     return [path for path in leaves if not path.startswith(inside)]
 
 

@@ -1,7 +1,8 @@
 """Timing of several forms of one computation in turns, so that a machine that others use slows all of them alike.
 
-On the CPU a figure is wall time: what a caller waits. On CUDA it is the time between two events round the replay of a
-CUDA graph, so that launches from Python do not count. Left out: what is timed (`dabnn.bench`).
+On the CPU with one thread a figure is processor time of that thread, which others do not lengthen; with more threads it
+is wall time. On CUDA it is the time between two events round the replay of a CUDA graph, so that launches from Python
+do not count. Left out: what is timed (`dabnn.bench`).
 """
 
 import statistics
@@ -55,7 +56,7 @@ def in_turns(
     Returns:
         The times of one call by name, and the number of rounds.
     """
-    seconds = _cuda_seconds if device.type == "cuda" else _wall_seconds
+    seconds = _clock(device)
     many = {name: _repeated(form, repeats) for name, form in forms.items()}
     ready = {name: _graph(form) for name, form in many.items()} if device.type == "cuda" else many
     for form in ready.values():  # compiles and arranges
@@ -79,10 +80,17 @@ def _repeated(form: Form, repeats: int) -> Form:
     return form if repeats == 1 else run
 
 
-def _wall_seconds(form: Form) -> float:
-    begin = time.perf_counter()
-    form()
-    return time.perf_counter() - begin
+def _clock(device: torch.device) -> Callable[[Form], float]:
+    if device.type == "cuda":
+        return _cuda_seconds
+    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def seconds(form: Form) -> float:
+        begin = now()
+        form()
+        return now() - begin
+
+    return seconds
 
 
 def _cuda_seconds(form: Form) -> float:

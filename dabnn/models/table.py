@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dabnn.activations import RPReLU
 from dabnn.layers import BinaryConv2d
 from dabnn.models.blocks import Chain
 from dabnn.models.folding import sign_norms
@@ -17,6 +18,8 @@ from dabnn.plans import numbered_convs
 FLOAT_BYTES = 4
 SCALAR_BYTES_PER_FILTER = 2 * FLOAT_BYTES
 WORD_BITS = 32
+# Left out where only shapes are asked for: without data torch imports its compiler to run them, 2 s.
+_KEEPING_SHAPE = (nn.BatchNorm2d, nn.ReLU, RPReLU)
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,9 @@ def _output_sizes(spec: ModelSpec) -> dict[int, int]:
     sizes: dict[int, int] = {}
     with torch.device("meta"), torch.no_grad():
         body = Chain(real_stages(spec)).eval()
+        for path, module in list(body.named_modules()):
+            if isinstance(module, _KEEPING_SHAPE):
+                body.set_submodule(path, nn.Identity())
         for index, (_, conv) in numbered_convs(body).items():
             conv.register_forward_hook(lambda _, __, output, index=index: sizes.update({index: output[0, 0].numel()}))
         body(torch.empty(1, spec.in_channels, spec.input_size, spec.input_size))

@@ -275,6 +275,8 @@ def _layer_plan(spec: ModelSpec) -> LayerPlan:
 
 def _initialize(net: nn.Module, generator: torch.Generator | None) -> None:
     for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.is_meta:
+            continue  # shapes alone; to draw nothing torch would import its compiler, 2 s and 170 MB
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
         elif isinstance(module, nn.Linear):
