@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 
@@ -21,8 +21,7 @@ _SOURCES = ("vector_*.py", "*_ir.py", "conv_numba*.py", "cpu_path.py", "team.py"
 
 def compiled(function: _Function) -> _Function:
     """Decorates as `numba.njit(nogil=True, cache=True)`; what the cache has is never older than a source."""
-    made: _Function = numba.njit(nogil=True, cache=True)(versioned(function))
-    return made
+    return cast(_Function, numba.njit(nogil=True, cache=True)(versioned(function)))
 
 
 def versioned(function: _Function) -> _Function:
