@@ -186,7 +186,7 @@ def _many_kernel(
 
 
 @triton.jit
-def search(row_ptr, size, BLOCK: tl.constexpr):  # noqa: N803
+def search(row_ptr: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:  # noqa: N803
     """Threshold, alpha and beta of one filter of `size` weights at `row_ptr`; scalars, in the weights' type."""
     total, low, high = weight_total(row_ptr, size, BLOCK)
     num = tl.cast(size, tl.float64)
@@ -271,7 +271,7 @@ def _inside(guess, low, high):
 
 
 @triton.jit
-def split_at(row_ptr, size, threshold, BLOCK: tl.constexpr):  # noqa: N803
+def split_at(row_ptr: tl.tensor, size: tl.tensor, threshold: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:  # noqa: N803
     """Number and float64 sum of the weights from `threshold` up, the least of them and the largest of the others."""
     offset = tl.arange(0, BLOCK)
     ones = tl.zeros((BLOCK,), tl.float32)
@@ -292,7 +292,7 @@ def split_at(row_ptr, size, threshold, BLOCK: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def weight_total(row_ptr, size, BLOCK: tl.constexpr):  # noqa: N803
+def weight_total(row_ptr: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:  # noqa: N803
     """Sum of all weights in float64, not finite where one is not, the least and the largest weight."""
     offset = tl.arange(0, BLOCK)
     first = tl.load(row_ptr)

@@ -1,5 +1,11 @@
 """The Triton versions of the DAB kernels, under the interpreter where there is no CUDA device."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +17,13 @@ from kernels.dab_step import dab_step_backward_reference, dab_step_reference
 from kernels.dab_warm import dab_threshold_warm_reference
 
 SIZES = [1, 2, 31, 32, 33, 63, 100, 147, 300]
-SHAPES = [(3, 1, 1, 1), (2, 5), (3, 7, 3, 2), (1, 150, 1, 2)]
+LAYOUTS = [
+    ((3, 1, 1, 1), torch.contiguous_format),
+    ((2, 5), torch.contiguous_format),
+    ((3, 7, 3, 2), torch.contiguous_format),
+    ((3, 7, 3, 2), torch.channels_last),
+    ((1, 150, 1, 2), torch.contiguous_format),
+]
 CENTERS = ["none", "filter", "tap"]
 
 
@@ -58,7 +70,7 @@ def test_the_search_in_float64_differs_by_the_order_of_sums_alone(size, triton_d
         assert_close(ours, reference)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 12).flatmap(lambda n: st.lists(st.integers(-8, 8), min_size=n, max_size=n)))
 def test_sums_that_are_exact_give_equal_bits_and_ties_the_fewest_ones(rows):
     weight = torch.tensor([rows]).float() / 4
@@ -134,7 +146,7 @@ def test_many_weights_are_searched_together(triton_device):
     assert torch.equal(mask.cpu(), torch.cat(masks))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [1, 33, 147])
 def test_the_warm_search_splits_like_the_reference(size, triton_device):
     from kernels import dab_warm_triton
 
@@ -146,15 +158,12 @@ def test_the_warm_search_splits_like_the_reference(size, triton_device):
         assert_close(ours, reference)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("center", CENTERS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "memory_format"), LAYOUTS)
 def test_a_training_step_gives_the_results_of_the_reference(shape, center, memory_format, triton_device):
     from kernels import dab_step_triton
 
-    weight = random_rows(shape[0], int(np.prod(shape[1:]))).view(shape)
-    if len(shape) == 4:
-        weight = weight.to(memory_format=memory_format)
+    weight = random_rows(shape[0], int(np.prod(shape[1:]))).view(shape).to(memory_format=memory_format)
     reference = dab_step_reference(weight, center)
     outputs = [torch.full_like(part, torch.nan, device=triton_device) for part in reference]
     dab_step_triton.launch(weight.to(triton_device), center, *outputs)
@@ -163,16 +172,13 @@ def test_a_training_step_gives_the_results_of_the_reference(shape, center, memor
         assert_close(ours, expected, scale=4)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("center", CENTERS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "memory_format"), LAYOUTS)
 def test_the_gradient_of_a_training_step_is_that_of_the_reference(shape, center, memory_format, triton_device):
     from kernels import dab_step_triton
 
     generator = torch.Generator().manual_seed(0)
-    real, grad = (torch.randn(shape, generator=generator) for _ in range(2))
-    if len(shape) == 4:
-        real, grad = (tensor.to(memory_format=memory_format) for tensor in (real, grad))
+    real, grad = (torch.randn(shape, generator=generator).to(memory_format=memory_format) for _ in range(2))
     saved = [real, *dab_threshold_reference(real)]
     on_device = [tensor.to(triton_device) for tensor in (grad, *saved)]
     for width, is_about_threshold, has_means in [(0.7, False, False), (0.7, True, True), (torch.inf, False, True)]:
@@ -181,3 +187,17 @@ def test_the_gradient_of_a_training_step_is_that_of_the_reference(shape, center,
         dab_step_triton.launch_backward(*on_device, to_weight, center, window)
         expected = dab_step_backward_reference(grad, *saved, center, width, is_about_threshold, has_means)
         assert_close(to_weight, expected, scale=4)
+
+
+def test_compiled_kernels_leave_room_for_five_warps_a_scheduler(tmp_path):
+    """Compiled for compute capability 9.0, in a process of its own; 65536 registers make 21 warps of 96."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": str(here.parent.parent), "TRITON_INTERPRET": "0"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, here / "compile_only_dab.py"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    kernels = json.loads(result.stdout)
+    assert len(kernels) == 5
+    for each in kernels:
+        assert each["registers"] <= 96
+        assert each["stack_bytes"] <= 16
