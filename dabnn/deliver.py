@@ -67,7 +67,8 @@ def export(
         mean: Fixed mean that it was trained with, per channel, or None for that of the data.
         std: Fixed standard deviation that it was trained with, per channel, or None.
         batch_size: Images of one batch of the comparison.
-        half: Store scalars and float layers as float16.
+        half: Store scalars and float layers as float16; where that changes too many classes, only what no sign depends
+            on (`PackedModel.rounded` says which).
         provenance: Where the checkpoint comes from, for the file.
 
     Returns:
@@ -84,10 +85,14 @@ def export(
     try:
         classes = load_manifest(train_data).classes
         made = pack(net, classes=classes, normalization=prepared, provenance=provenance)
-        num_bytes = made.save(unchecked, half=half)
-        packed = load_packed(unchecked)
-        verification = verify(net, packed, val_batches(val_data, net.spec, prepared, batch_size))
-        if verification.problems:
+        # First all that may be rounded, then, where that turns too many signs, only what no sign depends on.
+        for keep_signs in (False, True) if half else (False,):
+            num_bytes = made.save(unchecked, half=half, keep_signs=keep_signs)
+            packed = load_packed(unchecked)
+            verification = verify(net, packed, val_batches(val_data, net.spec, prepared, batch_size))
+            if not verification.problems:
+                break
+        else:
             problems = " ".join(verification.problems)
             raise DabError(
                 f"export: the packed network disagrees with the trained one, nothing was written: {problems}"

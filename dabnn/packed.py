@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dabnn import packed_file
 from dabnn.errors import InvalidInputError
 from dabnn.fusion import fuse
+from dabnn.half import Rounded, to_half, what_is_half
 from dabnn.layers import BinaryConv2d
 from dabnn.models import ModelSpec, Network
 from dabnn.models.folding import SignThreshold, find_threshold, fold, sign_norms, unfold
@@ -30,10 +31,6 @@ Weights = Literal["bits", "dense"]
 
 # Of a layer with binary weights: what its bits, alpha and beta stand for.
 _REPLACED = ("weight", "alpha", "beta", "threshold")
-# Rounded, it would change signs that the check of the layers compares one by one.
-_NEVER_HALF = "input_shift"
-# Of a `SignThreshold`: a channel whose sign turns beyond the range of float16 has one sign for every input there.
-_ANY_SIZE = ".threshold"
 # What only a BN that is not folded has.
 _UNFOLDED = ".running_mean"
 
@@ -171,15 +168,21 @@ class PackedModel:
 
     @property
     def is_half(self) -> bool:
-        """Whether scalars and float layers are rounded to float16."""
-        return any(tensor.dtype == torch.float16 for tensor in self.tensors.values())
+        """Whether scalars or float layers are rounded to float16."""
+        return self.rounded != "none"
 
-    def save(self, path: Path | str, *, half: bool = False) -> int:
+    @property
+    def rounded(self) -> Rounded:
+        """Which real values are rounded to float16: none, the head's, which no sign depends on, or all."""
+        return what_is_half(self.tensors)
+
+    def save(self, path: Path | str, *, half: bool = False, keep_signs: bool = False) -> int:
         """Write the packed file in one step.
 
         Args:
             path: The file; an existing one is replaced.
             half: Round scalars and float layers to float16, which halves their bytes.
+            keep_signs: Of them, round only what no sign depends on, so that every sign stays what it is.
 
         Returns:
             Size of the file in bytes.
@@ -194,7 +197,7 @@ class PackedModel:
             "normalization": None if self.normalization is None else asdict(self.normalization),
             "provenance": asdict(self.provenance),
         }
-        tensors = {name: _to_half(name, tensor) for name, tensor in self.tensors.items()} if half else self.tensors
+        tensors = to_half(self.tensors, self.net, keep_signs=keep_signs) if half else self.tensors
         return packed_file.write(Path(path), packed_file.Content(asdict(self.spec), extras, tensors))
 
 
@@ -426,15 +429,3 @@ def _two_valued_conv(layer: BinaryConv2d, mask: Tensor, alpha: Tensor, beta: Ten
     conv = BinaryConv2d.from_conv(layer, weight_quantizer=None, center=None, binary_input=False)
     conv.weight = nn.Parameter(expand(mask, alpha, beta))
     return conv
-
-
-def _to_half(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point() or name.endswith(_NEVER_HALF):
-        return tensor
-    half = tensor.half()  # rounds what is beyond its range to infinity
-    if name.endswith(_ANY_SIZE):
-        return half
-    if not torch.equal(half.isfinite(), tensor.isfinite()):
-        largest = tensor.abs().max().item()
-        raise InvalidInputError(f"half: {name} reaches {largest:g}, and float16 ends at 65504. Export without --half.")
-    return half

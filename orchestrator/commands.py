@@ -122,8 +122,9 @@ def export(uri: str | None, reference: str, file: Path, *, half: bool, form: str
     data = deliver.export_run(tracking_uri(uri, say), reference, file, half=half, form=form)
     again = data.get("comparison")
     compared = f"\nthe {again['form']} file: same class on {100 * again['same_argmax']:.2f} %" if again else ""
+    kept = "; float16 only after the last sign, more changed too many classes" if data["rounded"] == "head" else ""
     return data, (
-        f"{file}: {data['file_bytes']:,} bytes, {data['ratio']:.1f}x smaller than float32\n"
+        f"{file}: {data['file_bytes']:,} bytes, {data['ratio']:.1f}x smaller than float32{kept}\n"
         f"same class on {100 * data['same_argmax']:.2f} % of {data['num_samples']} images, "
         f"top-1 {data['top1_float_path']:.2f} % trained, {data['top1_packed']:.2f} % packed{compared}"
     )

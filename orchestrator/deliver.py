@@ -77,6 +77,7 @@ def export_run(uri: str, reference: str, file: Path, *, half: bool = False, form
         "float_bytes": packed.float_bytes,
         "ratio": packed.float_bytes / file_bytes,
         "format": chosen,
+        "rounded": packed.rounded,
     }
     if comparison is not None:
         result["comparison"] = asdict(comparison)

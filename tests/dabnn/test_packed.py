@@ -119,6 +119,26 @@ def test_half_precision_rounds_the_scalars_and_keeps_the_bits(tmp_path):
     assert loaded(images(2, loaded.spec)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("options", [{}, {"block": "bireal"}, {"inputs": [3, 5]}], ids=["reference", "bireal", "few"])
+def test_rounding_that_keeps_signs_rounds_the_last_sign_layer_and_what_follows(options, tmp_path):
+    packed = pack(network(name="bincifarfbin", **options))
+    packed.save(tmp_path / "all.dab", half=True)
+    packed.save(tmp_path / "head.dab", half=True, keep_signs=True)
+    loaded = load_packed(tmp_path / "head.dab")
+    assert (packed.rounded, load_packed(tmp_path / "all.dab").rounded, loaded.rounded) == ("none", "all", "head")
+    layers = {name.partition(".")[0] for name, tensor in loaded.tensors.items() if tensor.dtype == torch.float16}
+    last = max(options.get("inputs", [7]))
+    expected = {f"conv{number}" for number in range(last, 9)} | {f"bn{number}" for number in range(last + 1, 8)}
+    assert layers == expected | ({"bn7"} if "block" in options else set())
+    paths = [path for path, module in packed.net.named_modules() if isinstance(module, PackedConv2d)]
+    signs = [[], []]
+    for kept, model in zip(signs, (packed, loaded), strict=True):
+        for path in paths:
+            model.net.get_submodule(path).register_forward_pre_hook(lambda _, x, kept=kept: kept.append(x[0] >= 0))
+        model.net(images(4, packed.spec))
+    assert all(torch.equal(own, other) for own, other in zip(*signs, strict=True))
+
+
 @pytest.mark.parametrize("slope", [1e-9, -1e-9])
 @pytest.mark.parametrize("shift", [1.0, -1.0])
 def test_a_nearly_dead_channel_is_always_or_never_positive_in_half_precision(slope, shift, tmp_path):
