@@ -48,25 +48,35 @@ def convolve(
     else:
         out = bits.new_empty((*shape, geometry.filters), dtype=dtype)
     if out.numel():
-        _write(bits.contiguous(), filters, geometry, out)
+        write(bits.contiguous(), filters, geometry, out)
     return out if is_packed else out.permute(0, 3, 1, 2)
 
 
-def _write(bits: Tensor, filters: Filters, geometry: Geometry, out: Tensor) -> None:
-    """Write results into out (N, H', W', F or words), contiguous."""
+def write(bits: Tensor, filters: Filters, geometry: Geometry, out: Tensor) -> None:
+    """Writes results into out; only the device of `bits` is used.
+
+    Args:
+        bits: (N, H, W, words) int32, contiguous, on a GPU.
+        filters: The filters.
+        geometry: The layer's sizes.
+        out: (N, H', W', F) of a floating type, or (N, H', W', ceil(F / 32)) int32 of packed results; contiguous, not
+            empty, overwritten.
+    """
     pixels = geometry.out_height * geometry.out_width
     num_macs = bits.shape[0] * pixels * geometry.filters * geometry.taps * geometry.channels
     elements = max(pixels * geometry.filters, geometry.height * geometry.width * geometry.words)
-    path = gpu_path(bits.device, num_macs, elements).name
-    if path == "popcount":
-        from kernels import conv_triton
+    ways = {"popcount": _write_by_counting, "tensor_core": _write_by_tensor_core, "dense": _write_dense}
+    name = gpu_path(bits.device, num_macs, elements).name
+    images = bits.shape[0] if name == "popcount" else MAX_ELEMENTS // elements
+    with torch.cuda.device(bits.device):
+        for first in range(0, bits.shape[0], images):
+            ways[name](bits[first : first + images], filters, geometry, out[first : first + images])
 
-        conv_triton.launch_layer(bits, filters, geometry, out)
-        return
-    write = _write_by_tensor_core if path == "tensor_core" else _write_dense
-    images = MAX_ELEMENTS // elements
-    for first in range(0, bits.shape[0], images):
-        write(bits[first : first + images], filters, geometry, out[first : first + images])
+
+def _write_by_counting(bits: Tensor, filters: Filters, geometry: Geometry, out: Tensor) -> None:
+    from kernels import conv_triton
+
+    conv_triton.launch_layer(bits, filters, geometry, out)
 
 
 def _write_by_tensor_core(bits: Tensor, filters: Filters, geometry: Geometry, out: Tensor) -> None:

@@ -172,7 +172,8 @@ def _pack_signs_cuda(x: Tensor) -> Tensor:
     from kernels import packing_triton
 
     bits = _empty_bits(x)
-    packing_triton.launch(x, bits)
+    with torch.cuda.device(x.device):
+        packing_triton.launch(x, bits)
     return bits
 
 
@@ -180,7 +181,8 @@ def _pack_reached_cuda(x: Tensor, threshold: Tensor, falls: Tensor) -> Tensor:
     from kernels import packing_triton
 
     bits = _empty_bits(x)
-    packing_triton.launch_reached(x, threshold, falls, bits)
+    with torch.cuda.device(x.device):
+        packing_triton.launch_reached(x, threshold, falls, bits)
     return bits
 
 
