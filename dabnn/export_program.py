@@ -164,7 +164,7 @@ def _about(path: Path) -> dict[str, str]:
         raise InvalidInputError(
             f"{path}: cannot be read ({error.strerror}). Give a file that dab export wrote."
         ) from error
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError) as error:
         raise InvalidInputError(
             f"{path}: is no whole torch.export program ({error}), so it is damaged, cut off or something else. Export "
             "or copy it again."

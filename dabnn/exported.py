@@ -70,10 +70,10 @@ def described(path: Path, metadata: Mapping[str, str], run: Callable[[Tensor], T
             f"{path}: says nothing of a dab network, so dab export did not write it. Give a file that it wrote."
         )
     known = ("spec", "classes", "mean", "std", "transform")
-    values = {name: json.loads(metadata[name]) for name in known if name in metadata}
     try:
+        values = {name: json.loads(metadata[name]) for name in known if name in metadata}
         spec = skeleton(**values["spec"]).spec
-    except (KeyError, TypeError, InvalidInputError) as error:
+    except (KeyError, TypeError, ValueError, InvalidInputError) as error:
         raise InvalidInputError(
             f"{path}: its network is unknown to this dab ({error}). Update dab, or export the model again."
         ) from error

@@ -11,7 +11,6 @@ MODELS = {
     "both binary": {"name": "bincifarfbin"},
     "weights binary": {"name": "bincifar", "bin_start": 2, "bin_end": 7},
     "inputs two-valued": {"name": "bincifarfbin", "bin_start": 3, "options": {"input_quantizer": "two_valued"}},
-    "free shortcuts": {"name": "resnet20"},
 }
 
 
