@@ -45,7 +45,9 @@ def test_a_file_that_disagrees_is_not_written(form: Form, packed: PackedModel, d
     tensors = {name: tensor.clone() for name, tensor in packed.tensors.items()}
     tensors["conv4.alpha"] *= 1.01
     changed = replace(packed, tensors=tensors)
-    with pytest.raises(DabError, match=rf"^export: the {form} file disagrees .* nothing was written: (conv4|same_argmax)"):
+    with pytest.raises(
+        DabError, match=rf"^export: the {form} file disagrees .* nothing was written: (conv4|same_argmax)"
+    ):
         export_converted(changed, tmp_path / f"model.{form}", form, digits, 100)
     assert list(tmp_path.iterdir()) == []
 
