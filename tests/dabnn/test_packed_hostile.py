@@ -214,7 +214,7 @@ _VALUES = (
 _JSON = _VALUES | st.lists(_VALUES, max_size=3) | st.dictionaries(st.text(max_size=5), _VALUES, max_size=2)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_wrong_values_with_a_right_checksum_are_refused_or_harmless(
     data: st.DataObject, honest: Path, path: Path
