@@ -49,9 +49,10 @@ class Case:
     alpha: Tensor
     beta: Tensor
 
-    def packed(self, bits: Tensor) -> Tensor:
+    def packed(self, bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the layer's output from packed inputs."""
-        return packed_conv2d(bits, self.weight_bits, self.alpha, self.beta, in_channels=self.x.shape[1])
+        channels = self.x.shape[1]
+        return packed_conv2d(bits, self.weight_bits, self.alpha, self.beta, in_channels=channels, dtype=dtype)
 
     @property
     def num_macs(self) -> int:
