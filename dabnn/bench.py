@@ -67,7 +67,7 @@ class BenchResult:
         place: Where both ran, and how many images at once.
         machine: What that machine is.
         turns: Rounds of the whole networks.
-        num_checked: Binary layers that were compared with their float twin before.
+        num_checked: Layers with binary weights that were compared with their float twin before.
         packed_form: The packed form.
         float_form: The float peer.
         speedup: Of the medians; below 1 float wins.

@@ -3,7 +3,8 @@
 Each is fed with what it gets in a pass of the running form, and compared with a convolution in float64 of the signs
 with the two-valued filters. A value of the packed form errs by at most g(k) * (sum of magnitudes), g(k) = k * u / (1 -
 k * u), u = 2**-24, where k rounded operations follow the exact sums (`dabnn.verify`), and once more where it is
-written in a shorter type. A packed sign may differ only where the value lies that near to its threshold.
+written in a shorter type. A packed sign may differ only where the value lies that near to its threshold. For real inputs
+with weights held as bits, the bound is that of `kernels.weight_only`.
 
 A layer that gives or pools signs without a convolution compares and nothing else: there, all bits must be equal. Left
 out: layers that are torch's own in both forms, and the comparison with the trained network (`dabnn.verify`).
@@ -21,6 +22,7 @@ from dabnn.errors import DabError
 from dabnn.fusion import PackReached, PoolBits
 from dabnn.packed import PackedModel
 from dabnn.packed_conv import PackedConv2d
+from dabnn.packed_weight_conv import PackedWeightConv2d
 from dabnn.quantizers import expand
 from kernels import pack_signs, unpack_signs
 from kernels.packing import WORD_BITS
@@ -30,6 +32,9 @@ _UNIT = 2.0**-24
 _EPILOGUE_OPS = 5
 # A product with the scale of the inputs, one with their offset, and the sum.
 _SCALED_INPUT_OPS = 3
+# What `kernels.weight_only` derives for weights alone, and how coarsely tensor cores sum.
+_WEIGHT_ONLY_OPS = 5
+_TENSOR_CORE_UNIT = 2.0**-22
 _ADVICE = "Export the model again; if that does not help, this is a defect of dab on this machine."
 
 
@@ -38,7 +43,7 @@ class Checked:
     """What was compared.
 
     Attributes:
-        num_layers: Convolutions of signs with binary filters.
+        num_layers: Convolutions with filters held as bits.
         max_error: Largest difference of a value.
         problems: One sentence a wrong layer, by its path.
     """
@@ -69,6 +74,8 @@ def refuse_if_wrong(packed: PackedModel, images: Tensor) -> Checked:
     for path, module in running.named_modules():
         if isinstance(module, PackedConv2d):
             handles.append(module.register_forward_hook(_conv_check(path, checked)))
+        elif isinstance(module, PackedWeightConv2d):
+            handles.append(module.register_forward_hook(_weight_check(path, checked)))
         elif isinstance(module, PackReached | PoolBits):
             handles.append(module.register_forward_hook(_signs_check(path, checked)))
     try:
@@ -129,14 +136,36 @@ def _conv_check(path: str, checked: Checked) -> Callable[[PackedConv2d, tuple[Te
             if bool(is_wrong.any()):
                 checked.problems[path] = f"{path}: {int(is_wrong.sum())} signs are wrong."
             return
-        bound = bound + torch.finfo(output.dtype).eps / 2 * (expected.abs() + bound)
-        error = (output.double() - expected).abs()
-        checked.max_error = max(checked.max_error, float(error.max()))
-        if not bool((error <= bound).all()):  # a NaN is wrong, too
-            most = f"where rounding explains {float(bound.max()):.3g} at most"
-            checked.problems[path] = f"{path}: differs by {float(error.max()):.3g} {most}."
+        _compare(path, output, expected, bound, checked)
 
     return check
+
+
+def _weight_check(path: str, checked: Checked) -> Callable[[PackedWeightConv2d, tuple[Tensor], Tensor], None]:
+    def check(layer: PackedWeightConv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+        x = inputs[0].double()
+        mask = unpack_signs(layer.weight_bits, x.shape[1] // layer.groups) > 0
+        dense = expand(mask, layer.alpha, layer.beta).double()
+        bias = torch.zeros_like(layer.alpha) if layer.bias is None else layer.bias
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        num_operations = dense[0].numel() + _WEIGHT_ONLY_OPS
+        unit = _TENSOR_CORE_UNIT if x.is_cuda else _UNIT
+        bound = F.conv2d(x.abs(), dense.abs(), bias.double().abs(), *geometry)
+        bound = 3 * num_operations * unit / (1 - num_operations * unit) * bound
+        checked.num_layers += 1
+        _compare(path, output, F.conv2d(x, dense, bias.double(), *geometry), bound, checked)
+
+    return check
+
+
+def _compare(path: str, output: Tensor, expected: Tensor, bound: Tensor, checked: Checked) -> None:
+    """Note a layer whose values err by more than `bound` and the rounding to their type."""
+    bound = bound + torch.finfo(output.dtype).eps / 2 * (expected.abs() + bound)
+    error = (output.double() - expected).abs()
+    checked.max_error = max(checked.max_error, float(error.max()))
+    if not bool((error <= bound).all()):  # a NaN is wrong, too
+        most = f"where rounding explains {float(bound.max()):.3g} at most"
+        checked.problems[path] = f"{path}: differs by {float(error.max()):.3g} {most}."
 
 
 def _signs_check(path: str, checked: Checked) -> Callable[[PackReached | PoolBits, tuple[Tensor], Tensor], None]:

@@ -100,7 +100,7 @@ def _report(found: BenchResult) -> Report:
     )
     losses = f"float is faster in {len(losing)} of {len(found.layers)} layers"
     notes = [
-        f"{found.num_checked} binary layers were compared with their float twin first; medians of {found.turns} turns",
+        f"{found.num_checked} layers with binary weights equal their float twin; medians of {found.turns} turns",
         "gain: float over packed, for images/s packed over float; float wins below 1",
         "each layer with what follows it, alone on its own recorded inputs: their sum is not quite the whole",
         f"{share}; no kernel for binary layers makes that shorter",

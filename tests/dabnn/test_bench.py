@@ -108,8 +108,9 @@ def test_every_layer_of_the_network_is_timed_once_and_named_by_its_kind():
         assert row.speedup == row.float_ms / row.packed_ms
 
 
-def test_weights_alone_are_a_kind_of_their_own():
+def test_weights_alone_are_compared_too_and_a_kind_of_their_own():
     packed = packed_model("bincifar", bin_start=2, bin_end=3)
+    assert refuse_if_wrong(packed, images_for(packed)).num_layers == 2
     rows = time_layers(packed.running(), float_peer(packed, "cpu", torch.float32), images_for(packed), turns=1)
     assert {row.kind for row in rows} == {"real", "binary weights"}
 
