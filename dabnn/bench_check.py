@@ -3,8 +3,8 @@
 Each is fed with what it gets in a pass of the running form, and compared with a convolution in float64 of the signs
 with the two-valued filters. A value of the packed form errs by at most g(k) * (sum of magnitudes), g(k) = k * u / (1 -
 k * u), u = 2**-24, where k rounded operations follow the exact sums (`dabnn.verify`), and once more where it is
-written in a shorter type. A packed sign may differ only where the value lies that near to its threshold. For real inputs
-with weights held as bits, the bound is that of `kernels.weight_only`.
+written in a shorter type. A packed sign may differ only where the value lies that near to its threshold. With
+real inputs and weights held as bits the bound is that of `kernels.weight_only`.
 
 A layer that gives or pools signs without a convolution compares and nothing else: there, all bits must be equal. Left
 out: layers that are torch's own in both forms, and the comparison with the trained network (`dabnn.verify`).
