@@ -28,8 +28,11 @@ from kernels.gpu_path import gpu_path
 TURNS = 30
 BATCHES = (1, 128)
 PEAK_OPS_PER_S = 8.4e15
-TILES = [Tile(4, 1, 4, 1), Tile(4, 1, 2, 1), Tile(4, 2, 4, 1), Tile(4, 2, 2, 1), Tile(4, 1, 1, 4), Tile(2, 2, 4, 1)]
-TILES += [Tile(2, 1, 4, 1), Tile(2, 1, 2, 2), Tile(2, 1, 1, 4), Tile(2, 1, 1, 8)]
+# Of the tiles that fill the device at each batch; every one is compiled twice.
+TILES = {
+    1: [Tile(4, 1, 1, 4), Tile(2, 1, 2, 2), Tile(2, 1, 1, 4), Tile(2, 1, 1, 8)],
+    128: [Tile(4, 1, 4, 1), Tile(4, 1, 2, 1), Tile(4, 2, 4, 1), Tile(4, 2, 2, 1)],
+}
 Call = Callable[[Tensor], Any]
 
 
@@ -88,7 +91,7 @@ def tile_forms(case: Case) -> dict[str, tuple[Call, Tensor]]:
     bits = pack_signs(case.x)
     geometry = geometry_of_case(case, bits)
     forms = {}
-    for tile in TILES:
+    for tile in TILES[case.batch]:
         weights, ones, kinds = conv_cuda.arrange(case.weight_bits, geometry, tile)
 
         def launch(
@@ -170,8 +173,8 @@ def measure_tiles(case: Case, num_processors: int) -> dict[str, Any]:
     times = median_us(tile_forms(case), TURNS // 3)
     geometry = geometry_of_case(case, pack_signs(case.x))
     chosen = choose_tile(geometry, case.batch * geometry.out_height * geometry.out_width, num_processors)
-    rows = {f"{name}_us": value for name, value in times.items()}
-    return {"layer": case.name, "batch": case.batch, "chosen": label(chosen), **rows}
+    row = {"layer": case.name, "batch": case.batch, "chosen": label(chosen)}
+    return row | {f"{name}_us": value for name, value in times.items()}
 
 
 def main() -> None:
@@ -182,19 +185,21 @@ def main() -> None:
     path = gpu_path("cuda")
     conditions = {"turns": TURNS, "figure": "median of graph replays", "path": path.name, "reason": path.reason}
     num_processors = torch.cuda.get_device_properties(0).multi_processor_count
-    rows, ways, tiles = [], [], []
+    rows, ways = [], []
+    tiles: dict[int, list[dict[str, Any]]] = {batch: [] for batch in BATCHES}
     for batch in BATCHES:
         for channels, size in LAYERS:
             case = make_case(channels, size, batch, "cuda")
             rows.append(measure(case))
             ways.append(measure_ways(case, rows[-1]["cudnn_bf16_us"]))
             if path.name == "tensor_core":
-                tiles.append(measure_tiles(case, num_processors))
+                tiles[batch].append(measure_tiles(case, num_processors))
             torch.cuda.empty_cache()
     record("packed_conv_gpu", rows, **conditions)
     record("packed_conv_gpu_ways", ways, **conditions)
-    if tiles:
-        record("packed_conv_gpu_tiles", tiles, **conditions)
+    for batch, table in tiles.items():
+        if table:
+            record(f"packed_conv_gpu_tiles_batch{batch}", table, **conditions)
 
 
 if __name__ == "__main__":

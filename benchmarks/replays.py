@@ -21,11 +21,13 @@ ROTATED_BYTES = 120 * 2**20
 MIN_CALLS, MAX_CALLS = 40, 400
 
 
-def replay_of(call: Callable[[Tensor], Any], x: Tensor) -> tuple[Callable[[], Any], int]:
+def replay_of(call: Callable[[Tensor], Any], x: Tensor, max_calls: int) -> tuple[Callable[[], Any], int]:
     """Returns what runs `call` on many copies of x in turn, recorded if there is a GPU, and how many calls that is."""
-    num_copies = min(MAX_CALLS, ROTATED_BYTES // (x.numel() * x.element_size()) + 1)
+    num_copies = min(max_calls, ROTATED_BYTES // (x.numel() * x.element_size()) + 1)
     copies = [x.clone(memory_format=torch.preserve_format) for _ in range(num_copies)]
-    inputs = list(itertools.islice(itertools.cycle(copies), max(MIN_CALLS, num_copies) if x.is_cuda else 1))
+    inputs = list(
+        itertools.islice(itertools.cycle(copies), max(min(MIN_CALLS, max_calls), num_copies) if x.is_cuda else 1)
+    )
     kept: list[Any] = []
 
     def run() -> None:
@@ -50,14 +52,17 @@ def replay_of(call: Callable[[Tensor], Any], x: Tensor) -> tuple[Callable[[], An
     return replay, len(inputs)
 
 
-def median_us(forms: Mapping[str, tuple[Callable[[Tensor], Any], Tensor]], turns: int) -> dict[str, float]:
+def median_us(
+    forms: Mapping[str, tuple[Callable[[Tensor], Any], Tensor]], turns: int, max_calls: int = MAX_CALLS
+) -> dict[str, float]:
     """Returns the median time of one call of each form in microseconds over `turns` rounds; the forms take turns.
 
     Args:
         forms: By name, a call and its input.
         turns: How often each graph is replayed, after a first time.
+        max_calls: Calls in a graph at most; few where a call alone drives its input out of the cache.
     """
-    replays = {name: replay_of(*form) for name, form in forms.items()}
+    replays = {name: replay_of(*form, max_calls) for name, form in forms.items()}
     times: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(turns + 1):
         for name, (replay, num_calls) in replays.items():
