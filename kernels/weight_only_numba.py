@@ -12,12 +12,12 @@ made dense a few megabytes at a time.
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.compiled import compiled
 from kernels.derived import derived
 from kernels.packing import WORD_BITS
 from kernels.team import next_task, runtime_address, team_of, team_size, worker_address
@@ -111,7 +111,7 @@ def _arrange(
     return bits, np.ascontiguousarray(scalars)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _gather(words: NDArray[np.uint32], is_turned: NDArray[np.bool_], channels: int, bits: NDArray[np.uint16]) -> None:
     """Turns words of 32 channels of a filter into words of 16 filters at a channel."""
     filters, taps, _ = words.shape
@@ -126,12 +126,12 @@ def _gather(words: NDArray[np.uint32], is_turned: NDArray[np.bool_], channels: i
                 line[tap * channels + channel] |= np.uint16(bit << shift)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _address(values: NDArray[Any]) -> int:
     return np.int64(values.ctypes.data)  # type: ignore[return-value] # Numba's integers are these
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _sum_pixels(pixels: NDArray[np.float32], first: int, channels: int, sums: NDArray[np.float64]) -> None:
     """Writes the sum over some channels of each pixel (pixels, all channels)."""
     whole = channels // LANES
@@ -145,7 +145,7 @@ def _sum_pixels(pixels: NDArray[np.float32], first: int, channels: int, sums: ND
         sums[index] = total
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _sum_windows(
     pixels: NDArray[np.float64], numbers: _Numbers, line: NDArray[np.float64], totals: NDArray[np.float32]
 ) -> None:
@@ -168,7 +168,7 @@ def _sum_windows(
             totals[out_y * out_width + out_x] = np.float32(total)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _sum_image(task: int, images: _Images, numbers: _Numbers) -> None:
     """Writes the sum of the inputs of a group in each window of an image."""
     x, _, totals = images
@@ -181,7 +181,7 @@ def _sum_image(task: int, images: _Images, numbers: _Numbers) -> None:
     _sum_windows(pixels, numbers, np.empty(width), totals[group, image * windows : (image + 1) * windows])
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _lay_out(
     image: tuple[int, int, int, int, int],
     numbers: _Numbers,
@@ -206,7 +206,7 @@ def _lay_out(
                 table[tap_h * kernel_w + tap_w, index] = inside if is_row and 0 <= x < width else outside
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _four(base: int, first: int, last: int, size: int) -> tuple[int, int, int, int]:
     return (
         base + first * size,
@@ -216,12 +216,12 @@ def _four(base: int, first: int, last: int, size: int) -> tuple[int, int, int, i
     )
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _seven(base: int, size: int) -> tuple[int, ...]:
     return base, base + size, base + 2 * size, base + 3 * size, base + 4 * size, base + 5 * size, base + 6 * size
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _convolve_block(
     table: int,
     window: tuple[int, int],
@@ -242,7 +242,7 @@ def _convolve_block(
         convolve_real_tile(table, window, words, scalars, sums, outputs)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _convolve_tile(
     first_window: int,
     table: NDArray[np.int64],
@@ -289,7 +289,7 @@ def _convolve_tile(
                     out[first_window + index, column + offset] = scratch[index, offset]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _run_task(
     task: int,
     images: _Images,
@@ -332,13 +332,13 @@ def _run_task(
             _convolve_tile(window, one, single, channels, own, blocks, scratch, out)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _images(x: NDArray[np.float32], groups: int, windows: int) -> _Images:
     """Returns the images, a pixel of zeros, and room for the sum of inputs of each group in each window."""
     return x, np.zeros(x.shape[3], np.float32), np.empty((groups, windows), np.float32)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _convolve(x: NDArray[np.float32], filters: _Filters, numbers: _Numbers, out: NDArray[np.float32]) -> None:
     groups = numbers[10]
     images = _images(x, groups, len(out))
@@ -378,7 +378,7 @@ def _work(data: Any) -> None:
             _sum_image(task, images, numbers)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _convolve_in_team(
     x: NDArray[np.float32],
     team: tuple[int, int, int],
@@ -407,7 +407,7 @@ def expand(weight_bits: Tensor, alpha: Tensor, beta: Tensor, channels: int, dens
     _expand(words.reshape(-1, words.shape[3]), alpha.numpy(), beta.numpy(), dense.view(-1, channels).numpy())
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _expand(
     words: NDArray[np.uint32],
     alpha: NDArray[np.float32],

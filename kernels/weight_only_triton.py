@@ -74,7 +74,7 @@ def launch(
         kernel_w,
         words,
         HAS_BIAS=bias is not None,
-        DOT=_dot_type(x),
+        DOT=_dot_type(x.dtype),
         STEP_WORDS=step_words,
         BLOCK_FILTERS=block_filters,
         BLOCK_WINDOWS=block_windows,
@@ -98,11 +98,11 @@ def blocks(num_windows: int, num_filters: int, words: int, is_float32: bool) -> 
     return filters, windows, 1 if words == 1 or is_float32 else 2, 4
 
 
-def _dot_type(x: Tensor) -> tl.dtype:
-    """Returns the type of the products; the interpreter, which alone takes tensors of the CPU, has no bfloat16."""
-    if x.device.type == "cpu":
+def _dot_type(dtype: torch.dtype) -> tl.dtype:
+    """Returns the type of the products for inputs of a type; Triton's interpreter has none of bfloat16."""
+    if not isinstance(_conv_kernel, triton.JITFunction):
         return tl.float32
-    return tl.float16 if x.dtype == torch.float16 else tl.bfloat16
+    return tl.float16 if dtype == torch.float16 else tl.bfloat16
 
 
 def _scalars(alpha: Tensor, beta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
