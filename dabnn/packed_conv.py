@@ -1,5 +1,7 @@
 """The convolution of a packed model: sign inputs and two-valued filters, both held as bits."""
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,13 @@ from dabnn.activations import input_code
 from dabnn.errors import InvalidInputError
 from dabnn.layers import BinaryConv2d, has_packed_form
 from kernels import pack_signs, packed_conv2d, packed_conv2d_signs
+from kernels.conv import DTYPES
+
+
+class _Window(TypedDict):
+    in_channels: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
 
 
 class PackedConv2d(nn.Module):
@@ -79,14 +88,8 @@ class PackedConv2d(nn.Module):
     def _convolve_bits(self, bits: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return the values in `dtype`, or the signs that `emit` asked for."""
         filters = (bits, self.weight_bits, self.alpha, self.beta, bias)
+        window: _Window = {"in_channels": self.in_channels, "stride": self.stride, "padding": self.padding}
         if self.threshold is None or self.falls is None:
-            y = packed_conv2d(*filters, in_channels=self.in_channels, stride=self.stride, padding=self.padding)
-            return y.to(dtype)
-        return packed_conv2d_signs(
-            *filters,
-            self.threshold,
-            self.falls,
-            in_channels=self.in_channels,
-            stride=self.stride,
-            padding=self.padding,
-        )
+            values = dtype if dtype in DTYPES else torch.float32
+            return packed_conv2d(*filters, **window, dtype=values).to(dtype)
+        return packed_conv2d_signs(*filters, self.threshold, self.falls, **window)

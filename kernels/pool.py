@@ -47,7 +47,7 @@ def pool_bits(
         TypeError: a tensor is not int32.
         ValueError: shapes, devices, kernel, stride or padding do not fit together.
     """
-    _check(bits, is_and_bits, kernel, stride, padding)
+    _check(bits, is_and_bits, kernel, stride, padding, ceil_mode)
     if is_plain_cpu(bits):
         return _pool_bits_cpu(bits, is_and_bits, kernel, stride, padding, ceil_mode)
     out: Tensor = torch.ops.dab.pool_bits(bits, is_and_bits, kernel, stride, padding, ceil_mode)
@@ -135,7 +135,12 @@ def _pool_bits_cuda(
 
 
 def _check(
-    bits: Tensor, is_and_bits: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+    bits: Tensor,
+    is_and_bits: Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    ceil_mode: bool,
 ) -> None:
     for name, words in (("bits", bits), ("is_and_bits", is_and_bits)):
         if words.dtype != torch.int32:
@@ -153,7 +158,7 @@ def _check(
         raise ValueError(
             f"padding: {padding} for a window of {kernel}; 0 to half the window, or one would hold nothing"
         )
-    if any(bits.shape[1 + i] + 2 * padding[i] < kernel[i] for i in (0, 1)):
+    if min(_sizes(bits, kernel, stride, padding, ceil_mode)) < 1:
         raise ValueError(f"kernel: {kernel} does not fit into {tuple(bits.shape[1:3])} pixels with padding {padding}")
 
 
