@@ -22,6 +22,8 @@ _MAX_NAME = 100
 _WITH_WINDOW = ("clipped", "polynomial", "ede", None)  # null: what the model has, one of these
 _WEIGHT_STE = ("binarize.ste", "binarize.ste_width", "binarize.ste_center")
 _INPUT_STE = ("binarize.input_ste", "binarize.input_ste_width")
+_OF_WORKERS = tuple(f"cluster.{key}" for key in ("placement", "interface", "labels", "start_timeout_s"))
+_MAX_INTERFACE = 15  # IFNAMSIZ of Linux, less the closing zero
 PLAN_KEYS = ("weights", "inputs")
 STAGE_TEACHER = "stage:"
 # The transforms of `dabnn.data.transforms.CROPPING`, which would import torch; a test compares them.
@@ -69,6 +71,7 @@ _NEEDS = (
     _Need("binarize.gradient", _WEIGHT_STE, ("straight_through", "means", None)),
     _Need("binarize.layers", (*_WEIGHT_STE, "binarize.gradient"), not_=((),)),
     _Need("binarize.inputs", (*_INPUT_STE, "binarize.input_quantizer"), not_=("none",)),
+    _Need("cluster.num_workers", _OF_WORKERS, not_=(0,)),
 )
 
 
@@ -144,6 +147,21 @@ def check_inputs(inputs: Any) -> Any:
     if inputs == ():
         raise ValueError("is empty; write none for no binary inputs")
     return check_different(inputs) if isinstance(inputs, tuple) else inputs
+
+
+def check_interface(name: str) -> str:
+    """Return `name` when Linux would take it as the name of a network interface.
+
+    Raises:
+        ValueError: It is empty, too long, or holds a character that such names do not have.
+    """
+    if (
+        not 0 < len(name) <= _MAX_INTERFACE
+        or "/" in name
+        or any(char.isspace() or not char.isprintable() for char in name)
+    ):
+        raise ValueError(f"is no name of a network interface (1 to {_MAX_INTERFACE} characters without spaces)")
+    return name
 
 
 def check_milestones(milestones: tuple[float, ...]) -> tuple[float, ...]:
@@ -266,7 +284,7 @@ def _bin_range(config: "Config") -> str | None:
 
 
 def _batch_size(config: "Config") -> str | None:
-    size, workers = config.data.batch_size, config.cluster.num_workers
+    size, workers = config.data.batch_size, config.cluster.num_processes
     below = size // workers * workers
     if size % workers:
         return (
@@ -336,10 +354,30 @@ def _gpu_share(config: "Config") -> str | None:
         return f"cluster.gpus_per_worker: {gpus} is neither a whole number nor a part of one GPU. Use {int(gpus)}."
     if gpus != int(gpus) and workers > 1:
         return (
-            f"cluster.gpus_per_worker: {gpus} with {workers} workers would put two ranks on one GPU, where NCCL hangs. "
-            "Use 1, or cluster.num_workers=1."
+            f"cluster.gpus_per_worker: {gpus} with {workers} workers would put two ranks on one GPU, which NCCL "
+            "refuses. Use 1, or cluster.num_workers=1."
         )
     return None
+
+
+def _no_workers(config: "Config") -> str | None:
+    gpus = config.cluster.gpus_per_worker
+    if config.cluster.num_workers or not gpus:
+        return None
+    return (
+        f"cluster.num_workers: 0 trains in the job's own process, which Ray gives no GPU, and cluster.gpus_per_worker "
+        f"asks for {gpus:g}. Use cluster.num_workers=1."
+    )
+
+
+def _min_workers(config: "Config") -> str | None:
+    fewest, workers = config.cluster.min_workers, config.cluster.num_workers
+    if fewest is None or fewest <= workers:
+        return None
+    return (
+        f"cluster.min_workers: {fewest} is more than cluster.num_workers={workers}, which the run starts with. Lower "
+        "it, or raise cluster.num_workers."
+    )
 
 
 def _layer_choice(config: "Config") -> str | None:
@@ -401,6 +439,8 @@ _RULES = (
     Rule(("optim.momentum", "optim.nesterov"), _nesterov),
     Rule(("train.epochs", "schedule.warmup_epochs"), _warmup),
     Rule((), _gpu_share),
+    Rule((), _no_workers),
+    Rule((), _min_workers),
 )
 
 

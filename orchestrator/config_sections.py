@@ -21,6 +21,7 @@ from pydantic import (
 from orchestrator.config_rules import (
     check_different,
     check_inputs,
+    check_interface,
     check_milestones,
     check_name,
     check_plan,
@@ -354,11 +355,51 @@ class Train(Section):
 class Cluster(Section):
     """What the run takes from the cluster."""
 
-    num_workers: int = Field(default=2, ge=1, description="processes that train together, each on a share of a batch")
-    gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs of one worker; 0 trains on the CPU")
+    num_workers: int = Field(
+        default=2,
+        ge=0,
+        description="processes that train together, each on a share of a batch; 0 trains in the job's own process",
+    )
+    gpus_per_worker: float = Field(
+        default=0.0, ge=0, description="GPUs of one worker, a part of one for a single worker only; 0 trains on the CPU"
+    )
     cpus_per_worker: float = Field(default=1.0, gt=0, description="CPU cores of one worker")
-    min_workers: None = Field(default=None, description="fewest workers to go on with")
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="fewest workers to go on with while nodes are gone; null: all num_workers are waited for",
+    )
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
+        default="pack",
+        description="where workers go: pack on few nodes, spread over many, strict_pack on one node or not at all, "
+        "strict_spread one a node or not at all",
+    )
+    interface: Annotated[str, AfterValidator(check_interface)] | None = Field(
+        default=None, description="network interface that workers talk over, such as eth0; null: found on each node"
+    )
+    labels: dict[str, str] = Field(
+        default={}, description="labels that a node must have to hold a worker, such as {pool: lab}; {}: any node"
+    )
     max_failures: int = Field(default=3, ge=0, description="restarts after a failure before the run counts as failed")
+    hang_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="seconds without a step after which the stacks of all workers are saved and the attempt fails",
+    )
+    start_timeout_s: float = Field(
+        default=60.0, ge=5, description="seconds that workers may take to start before they are placed afresh"
+    )
+    priority: int = Field(
+        default=0, ge=-1000, le=1000, description="place in the queue of the cluster: higher ones start first"
+    )
+    wait: bool = Field(
+        default=False, description="whether the run is queued while the cluster is too small or full, not refused"
+    )
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that train when all are there: the workers, or the job's own."""
+        return max(1, self.num_workers)
 
 
 class Tracking(Section):

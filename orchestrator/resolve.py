@@ -194,7 +194,7 @@ def train_spec(config: Config) -> TrainSpec:
         ema_decay=train.ema_decay,
         sync_bn=train.sync_bn,
         instruments=train.instruments,
-        num_workers=config.cluster.num_workers,
+        num_workers=config.cluster.num_processes,
         checkpoint=CheckpointPolicy(**train.checkpoint.model_dump()),
         init_from=train.init_from,
     )

@@ -53,7 +53,8 @@ def test_defaults_are_those_of_the_contract():
         "train.precision": "fp32", "train.init_from": None, "train.checkpoint.every_epochs": 1,
         "train.checkpoint.every_steps": None, "train.checkpoint.keep_last": 2, "train.checkpoint.keep_best": 1,
         "cluster.num_workers": 2, "cluster.gpus_per_worker": 0.0, "cluster.cpus_per_worker": 1.0,
-        "cluster.min_workers": None, "cluster.max_failures": 3, "storage": None, "tracking.uri": None,
+        "cluster.min_workers": None, "cluster.placement": "pack", "cluster.interface": None, "cluster.hang_s": 600.0,
+        "cluster.priority": 0, "cluster.wait": False, "cluster.max_failures": 3, "storage": None, "tracking.uri": None,
         "tracking.experiment": "dab",
     }  # fmt: skip
     assert {key: flat[key] for key in contract} == contract
@@ -142,7 +143,9 @@ def test_an_unknown_key_in_a_file_is_refused_with_its_full_path(tmp_path):
         ("train=3", "train: 3 must be a mapping of keys"),
         ("binarize.weights=dba", "binarize.weights: \"dba\" must be 'dab', 'dab_warm', 'dab_learned', 'xnor'"),
         ("train.precision=fp16", "train.precision: \"fp16\" must be 'fp32' or 'bf16'"),
-        ("cluster.min_workers=1", "cluster.min_workers: 1 must be null, the only value"),
+        ("cluster.min_workers=0", "cluster.min_workers: 0 must be at least 1, or null"),
+        ("cluster.interface='eth 0'", 'cluster.interface: "eth 0" is no name of a network interface'),
+        ("cluster.labels={pool: 3}", "cluster.labels.pool: 3 must be text"),
         ("binarize.plan=3", "binarize.plan: 3 must be the name of a file, or {weights: [2, 3]"),
         ("binarize.plan=''", 'binarize.plan: "" names no file'),
         (
@@ -191,6 +194,10 @@ def test_everything_that_is_missing_or_wrong_is_said_at_once():
         (["schedule.warmup_epochs=100"], "schedule.warmup_epochs: 100.0 is all of train.epochs=100"),
         (["cluster.gpus_per_worker=0.5"], "cluster.gpus_per_worker: 0.5 with 2 workers"),
         (["cluster.gpus_per_worker=1.5"], "cluster.gpus_per_worker: 1.5 is neither"),
+        (["cluster={num_workers: 0, gpus_per_worker: 1}"], "cluster.num_workers: 0 trains in the job's own process"),
+        (["cluster={num_workers: 0, placement: spread}"], "cluster.placement: has no effect with cluster.num_workers"),
+        (["cluster.min_workers=3"], "cluster.min_workers: 3 is more than cluster.num_workers=2"),
+        (["cluster={num_workers: 0, min_workers: 1}"], "cluster.min_workers: 1 is more than cluster.num_workers=0"),
         (["binarize={gradient: reference, ste: ede}"], "binarize.ste: has no effect with binarize.gradient=reference"),
         (["binarize={gradient: reference, ste_width: 2}"], "binarize.ste_width: has no effect with binarize.gradient"),
         (["binarize={inputs: none, input_ste_width: 2}"], "binarize.input_ste_width: has no effect with binarize.inp"),
