@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "googlenetfbin": ("googlenetfbin", {"width": 0.25, "input_size": 64}),
     "squeezenetfbin": ("squeezenetfbin", {"width": 0.25, "input_size": 64}),
     "squeezenethybridv3": ("squeezenethybridv3", {"width": 0.25, "input_size": 64}),
+    "pooling beyond the edge": ("squeezenetfbin", {"width": 0.25, "input_size": 21}),
     "nin": ("nin", {"width": 0.25}),
     "vgg_small": ("vgg_small", {"width": 0.25}),
     "react18": ("react18", {"width": 0.25, "input_size": 64}),

@@ -50,7 +50,7 @@ def test_bireal_goes_round_every_binary_convolution_and_packs(name, size, activa
     x = images(net)
     pack(net).save(tmp_path / "model.dab")
     with torch.no_grad():
-        assert torch.equal(load_packed(tmp_path / "model.dab")(x), channels_last_logits(net, x))
+        assert torch.equal(load_packed(tmp_path / "model.dab", weights="dense")(x), channels_last_logits(net, x))
 
 
 def shortcuts(net):
@@ -201,5 +201,5 @@ def test_every_quantizer_and_input_packs_bit_for_bit(weights, inputs, tmp_path):
     packed = pack(net)
     packed.save(tmp_path / "model.dab")
     with torch.no_grad():
-        assert torch.equal(load_packed(tmp_path / "model.dab")(x), channels_last_logits(net, x))
+        assert torch.equal(load_packed(tmp_path / "model.dab", weights="dense")(x), channels_last_logits(net, x))
     assert packed.float_bytes == describe(net).float_bytes
