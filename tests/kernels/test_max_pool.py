@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kernels import max_pool2d, max_pool_numba
+from kernels.numba_threads import torch_threads
 
 
 def values(channels, height, width, batch=2, seed=0):
@@ -51,7 +52,8 @@ def test_threads_and_an_empty_batch_give_the_same():
     x = values(33, 9, 8, batch=3).permute(0, 2, 3, 1).contiguous()
     alone, together = (torch.full((3, 4, 3, 33), 7.0) for _ in range(2))
     max_pool_numba._pool(x.numpy(), (3, 3, 2, 2, 0, 0), alone.numpy())
-    max_pool_numba._pool_in_threads(x.numpy(), (3, 3, 2, 2, 0, 0), together.numpy())
+    with torch_threads():
+        max_pool_numba._pool_in_threads(x.numpy(), (3, 3, 2, 2, 0, 0), together.numpy())
     torch.testing.assert_close(alone, together, rtol=0, atol=0, equal_nan=True)
     empty = torch.empty(0, 3, 4, 4).to(memory_format=torch.channels_last)
     assert max_pool2d(empty, (2, 2), (2, 2)).shape == (0, 3, 2, 2)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kernels import pack_reached, pack_signs, pool_bits, pool_numba, pool_triton
+from kernels.numba_threads import torch_threads
 from kernels.pool import pool_bits_reference, pooled_size
 
 POISON = 0x5A5A5A5A
@@ -38,7 +39,8 @@ def launched(launch):
 
 def pooled_in_threads(bits, flips, kernel, stride, padding, out):
     words = [tensor.numpy().view("uint32") for tensor in (bits, flips, out)]
-    pool_numba._pool_in_threads(*words[:2], (*kernel, *stride, *padding), words[2])
+    with torch_threads():
+        pool_numba._pool_in_threads(*words[:2], (*kernel, *stride, *padding), words[2])
 
 
 VERSIONS = {
