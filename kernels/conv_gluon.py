@@ -96,7 +96,7 @@ def launch(
     num_pixels = out.shape[0] * geometry.out_height * geometry.out_width
     grid = (triton.cdiv(num_pixels, tile.pixels), triton.cdiv(geometry.filters, tile.filters))
     is_packed = f.threshold is not None
-    conv_kernel[grid](
+    _product_kernel[grid](
         bits,
         weights,
         f.alpha.contiguous(),
@@ -278,7 +278,7 @@ def _register(x, n: gl.constexpr, size: gl.constexpr, LAYOUT: gl.constexpr, OUT:
 
 
 @gluon.jit(do_not_specialize=["num_pixels"])
-def conv_kernel(
+def _product_kernel(
     bits_ptr,
     weight_ptr,
     alpha_ptr,
@@ -336,24 +336,24 @@ def conv_kernel(
             target = out_ptr + (pixel * UNITS + unit)
         else:
             target = out_ptr + (pixel * G.filters + feature)
-        for n in gl.static_range(T):
-            for column in gl.static_range(2):
-                is_pixel = pixel + (8 * n + column) < num_pixels
-                count = gl.sum(sums[i][2 * n + column], axis=0)
-                inside = all_ones
-                if G.has_border:
-                    kind = _register(kinds[column], n, T, PIXELS, OUT)
-                    inside = gl.load(lines + kind * G.filters, mask=(kind > 0) & is_feature, other=all_ones)
-                whole = _register(wholes[column], n, T, PIXELS, OUT)
-                value = scale * (2 * count - inside).to(gl.float32) + beta * whole.to(gl.float32)
-                if HAS_BIAS:
-                    value = value + bias
-                if IS_PACKED:
-                    packed = gl.sum(gl.where(value >= threshold, 1 << shift, 0), axis=3) ^ falls
-                    if T == 2:
-                        packed = gl.expand_dims(gl.sum(packed, axis=1), 1)
-                    packed = gl.expand_dims(packed, 3).to(out_ptr.dtype.element_ty)
-                    gl.store(target + (8 * n + column) * UNITS, packed, mask=is_pixel & (unit < UNITS))
-                else:
-                    value = value.to(out_ptr.dtype.element_ty)
-                    gl.store(target + (8 * n + column) * G.filters, value, mask=is_pixel & is_feature)
+        for pair in gl.static_range(2 * T):  # 8 pixels n, even or odd columns of them
+            offset = 8 * (pair // 2) + pair % 2
+            is_pixel = pixel + offset < num_pixels
+            count = gl.sum(sums[i][pair], axis=0)
+            inside = all_ones
+            if G.has_border:
+                kind = _register(kinds[pair % 2], pair // 2, T, PIXELS, OUT)
+                inside = gl.load(lines + kind * G.filters, mask=(kind > 0) & is_feature, other=all_ones)
+            whole = _register(wholes[pair % 2], pair // 2, T, PIXELS, OUT)
+            value = scale * (2 * count - inside).to(gl.float32) + beta * whole.to(gl.float32)
+            if HAS_BIAS:
+                value = value + bias
+            if IS_PACKED:
+                packed = gl.sum(gl.where(value >= threshold, 1 << shift, 0), axis=3) ^ falls
+                if T == 2:
+                    packed = gl.expand_dims(gl.sum(packed, axis=1), 1)
+                packed = gl.expand_dims(packed, 3).to(out_ptr.dtype.element_ty)
+                gl.store(target + offset * UNITS, packed, mask=is_pixel & (unit < UNITS))
+            else:
+                value = value.to(out_ptr.dtype.element_ty)
+                gl.store(target + offset * G.filters, value, mask=is_pixel & is_feature)

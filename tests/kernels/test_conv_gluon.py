@@ -61,7 +61,7 @@ class Layer:
         grid = (-(-num_pixels // tile.pixels), -(-self.geometry.filters // tile.filters))
         constants = {"HAS_BIAS": self.bias is not None, "IS_PACKED": is_packed}
         arguments = (*(array.reshape(-1) for array in arrays), num_pixels, self.geometry, tile)
-        gluon_numpy.run(ON_NUMPY, "conv_kernel", grid, *arguments, **constants)
+        gluon_numpy.run(ON_NUMPY, "_product_kernel", grid, *arguments, **constants)
 
     def found_values(self, tile):
         memory = np.full(self.values.numel(), np.nan, np.float32)
@@ -149,7 +149,7 @@ def compiled(tmp_path_factory):
 
 
 def test_machine_code_holds_the_native_1_bit_product_and_no_fused_rounding(compiled):
-    products = [each for each in compiled if each["name"] == "conv_kernel"]
+    products = [each for each in compiled if each["name"] == "_product_kernel"]
     assert [each["bit_products"] for each in products] == [144, 12, 144, 12, 112, 16]
     assert all(each["calls"] == 0 for each in products)  # as the emulated products would be
     assert all(each["fused_multiply_adds"] == 0 for each in compiled)
