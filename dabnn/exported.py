@@ -14,7 +14,7 @@ from torch import Tensor
 from dabnn.errors import InvalidInputError
 from dabnn.models import ModelSpec, skeleton
 from dabnn.models.network import check_image_shape
-from dabnn.packed import Normalization, PackedModel
+from dabnn.packed import Normalization, PackedModel, Provenance
 
 FORMAT = "dab-exported"
 INPUT, OUTPUT = "images", "logits"
@@ -29,12 +29,14 @@ class ExportedModel:
         spec: Its architecture, as `dabnn.models.build` was given it.
         classes: Class names in the order of the logits, or None.
         normalization: What to do to images first, or None if unknown.
+        provenance: The run, program and data that it comes from.
     """
 
     run: Callable[[Tensor], Tensor]
     spec: ModelSpec
     classes: tuple[str, ...] | None = None
     normalization: Normalization | None = None
+    provenance: Provenance = Provenance()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits (N, num_classes) of normalized images (N, in_channels, input_size, input_size).
@@ -69,7 +71,7 @@ def described(path: Path, metadata: Mapping[str, str], run: Callable[[Tensor], T
         raise InvalidInputError(
             f"{path}: says nothing of a dab network, so dab export did not write it. Give a file that it wrote."
         )
-    known = ("spec", "classes", "mean", "std", "transform")
+    known = ("spec", "classes", "mean", "std", "transform", "provenance")
     try:
         values = {name: json.loads(metadata[name]) for name in known if name in metadata}
         spec = skeleton(**values["spec"]).spec
@@ -79,4 +81,5 @@ def described(path: Path, metadata: Mapping[str, str], run: Callable[[Tensor], T
         ) from error
     classes, mean = values.get("classes"), values.get("mean")
     prepared = None if mean is None else Normalization(tuple(mean), tuple(values["std"]), values["transform"])
-    return ExportedModel(run, spec, None if classes is None else tuple(classes), prepared)
+    provenance = Provenance.of(values.get("provenance") or {})
+    return ExportedModel(run, spec, None if classes is None else tuple(classes), prepared, provenance)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.cpu_path import cpu_path
 from kernels.derived import derived
 from kernels.packing import has_numba, is_plain_cpu, num_words, pack_signs, unpack_signs
 
@@ -208,6 +209,7 @@ def _packed_conv2d_cpu(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     if not has_numba():
+        cpu_path()  # says so, once
         out = _empty_output(bits, weight_bits, stride, padding)
         out.copy_(packed_conv2d_reference(bits, weight_bits, alpha, beta, bias, in_channels, stride, padding))
         return out.to(dtype or torch.float32)
@@ -290,6 +292,7 @@ def _packed_conv2d_signs_cpu(
 ) -> Tensor:
     scalars = (alpha, beta, bias, threshold, falls)
     if not has_numba():
+        cpu_path()  # says so, once
         return packed_conv2d_signs_reference(bits, weight_bits, *scalars, in_channels, stride, padding)
     from kernels import conv_numba
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.compiled import compiled, versioned
 from kernels.derived import derived
 from kernels.numba_threads import torch_threads
 from kernels.packing import WORD_BITS
@@ -78,7 +79,7 @@ def _launch_pixels(rows: Tensor, thresholds: NDArray[np.float32], falls: NDArray
         _pack_pixels_in_threads(*arguments)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _pack_line(
     pixels: NDArray[np.float32], thresholds: NDArray[np.float32], falls: NDArray[np.uint32], words: NDArray[np.uint32]
 ) -> None:
@@ -104,7 +105,7 @@ def _pack_line(
             words[column, word] = packed
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _pack_pixels(
     x: NDArray[np.float32], thresholds: NDArray[np.float32], falls: NDArray[np.uint32], bits: NDArray[np.int32]
 ) -> None:
@@ -113,6 +114,7 @@ def _pack_pixels(
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
+@versioned
 def _pack_pixels_in_threads(
     x: NDArray[np.float32], thresholds: NDArray[np.float32], falls: NDArray[np.uint32], bits: NDArray[np.int32]
 ) -> None:

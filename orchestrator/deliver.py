@@ -103,7 +103,8 @@ def evaluate_file(
     packed = load_model(file)
     if packed.normalization is None:
         raise InvalidInputError(f"{file}: holds no normalisation, so images cannot be prepared. Export the run again.")
-    return _evaluate(packed, packed.spec, packed.normalization, packed.classes, data, ten_crop, on_batch)
+    found = _evaluate(packed, packed.spec, packed.normalization, packed.classes, data, ten_crop, on_batch)
+    return found | {"provenance": asdict(packed.provenance)}
 
 
 def evaluate_run(

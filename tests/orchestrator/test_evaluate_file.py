@@ -8,14 +8,14 @@ import pytest
 import cli
 from dabnn.deliver import evaluate_on
 from dabnn.models import build
-from dabnn.packed import Normalization, load_packed, pack
+from dabnn.packed import Normalization, Provenance, load_packed, pack
 
 
 def packed_file(folder: Path, transform: str) -> Path:
     """An untrained network, packed with the transform that it claims to be trained with."""
     net = build("bincifarfbin", num_classes=10, in_channels=1, input_size=16, width=0.0625, seed=0)
     path = folder / f"{transform}.safetensors"
-    pack(net, normalization=Normalization((0.3,), (0.4,), transform)).save(path)
+    pack(net, normalization=Normalization((0.3,), (0.4,), transform), provenance=Provenance("3f2a")).save(path)
     return path
 
 
@@ -29,6 +29,7 @@ def test_a_file_is_evaluated_as_asked(
     assert packed.normalization is not None
     expected = evaluate_on(packed, packed.spec, packed.normalization, small_digits, ten_crop=ten_crop)
     assert {key: found[key] for key in expected} == pytest.approx(expected)
+    assert found["provenance"] == {"run_id": "3f2a", "git_commit": None, "data_digest": None, "dab_version": None}
 
 
 def test_ten_crops_of_a_network_that_sees_whole_images_are_refused(
