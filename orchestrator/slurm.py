@@ -75,6 +75,7 @@ def sbatch_script(config: Config, *, num_nodes: int, gpus_per_node: int, program
         "program": str(program),
         "home": str(folder),
         "tracking": config.tracking.uri or "",
+        "interface": config.cluster.interface or "",
         "gpus": str(gpus_per_node),
         "config": to_yaml(config),
     }

@@ -17,7 +17,11 @@ trap 'rm -f -- "$RAY_AUTH_TOKEN_PATH"' EXIT
 # This script runs on the first node, which so becomes the head. Its address is one of its own, not what its name means
 # elsewhere: Debian maps a machine's name to 127.0.1.1. Ports below Ray's workers' and the kernel's own.
 export port=$((20000 + SLURM_JOB_ID % 1000 * 10)) folder tracking
-head=${DAB_HEAD_ADDRESS:-$(hostname -I | cut -d' ' -f1)}
+if [[ -n $interface ]]; then
+    head=$(ip -4 -oneline address show dev "$interface" | awk '{sub("/.*", "", $4); print $4; exit}')
+else
+    head=$(hostname -I | cut -d' ' -f1)
+fi
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300 RAY_USAGE_STATS_ENABLED=0 RAY_DEDUP_LOGS=0
 unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_TOKEN
 
@@ -38,8 +42,8 @@ train() {
     if [[ -z $tracking ]]; then
         tracking=$(dab ui --json | field tracking_uri)
     fi
-    printf '[slurm]\naddress = "http://127.0.0.1:%s"\ntoken_file = "%s"\ntracking = "%s"\nstorage = "%s"\n' \
-        $((port + 1)) "$RAY_AUTH_TOKEN_PATH" "$tracking" "$folder/storage" >"$folder/clusters.toml"
+    dab cluster add slurm --address "http://127.0.0.1:$((port + 1))" --token-file "$RAY_AUTH_TOKEN_PATH" \
+        --tracking "$tracking" --storage "$folder/storage" --replace >/dev/null
     if [[ -s $folder/run ]]; then
         dab resume "$(<"$folder/run")" --address slurm --detach
     else
