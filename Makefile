@@ -11,6 +11,9 @@ STAMP := .venv/.in-sync
 
 # A test that hangs says so; one thread a process, as tests start several processes on few cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 300
+# Two test processes; each holds up to 2 GB, and the tests of a file stay in one.
+TEST_PROCESSES ?= 2
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadgroup
 ROOMS := kernels dabnn orchestrator jobs cli.py
 
 # Benchmarks write one JSON file each into the folder that they find under this name.
@@ -34,10 +37,10 @@ demo: setup ## run the whole product on this machine, on real images
 	$(BIN)/dab demo
 
 test: setup ## the test suite (under 20 minutes on 2 cores)
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not slow and not gpu"
 
 test-all: setup ## the slow tests too
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu"
 
 check: check-format check-lint check-types check-style check-repo ## format, lint, types, style budget, import directions
 
