@@ -1,9 +1,11 @@
 """Checkpoints: written in the background, atomically, checksummed, loaded with weights only.
 
 A checkpoint is `step-00000120.pt` beside `step-00000120.json`. The JSON file is written last and is the commit: a
-checkpoint without it, or whose checksum differs, is never chosen. Retention keeps the newest k, the best k, and the end
-of each stage. Only the last stage of a run has checkpoints that count as best: the accuracy of a float stage says
-nothing about the binary network that the run is for. Leaves out object stores.
+checkpoint without it, or whose checksum differs, is never chosen. File and name of the first are with the disk (or the
+server of a network folder) before the second is begun, so a crash of the machine cannot leave a commit alone. Retention
+keeps the newest k, the best k, and the end of each stage. Only the last stage of a run has checkpoints that count as
+best: the accuracy of a float stage says nothing about the binary network that the run is for. Checkpoints behind a URL
+are listed and loaded as others are; how they come there is told in `dabnn.run_mirror`.
 """
 
 import errno
@@ -17,15 +19,17 @@ import pickle
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dabnn.data.remote import is_url, shown
 from dabnn.errors import DabError, InvalidInputError
-from dabnn.run_folder import write_json
+from dabnn.run_folder import RunFolder, sync_folder, write_json
+from dabnn.run_store import RunStore, patiently
 from dabnn.spec import CheckpointPolicy
 
 _log = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ BEST_METRIC = "val_top1"
 # Without these a checkpoint says nothing of its network.
 _NEEDED = ("net", "model")
 _NUM_KEYS_TOLD = 6
+_FETCH_LIMIT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,20 @@ class Moment:
     ends_stage: bool = False
 
 
-def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Return the committed checkpoints of `folder`, oldest first; their contents are not read."""
+def list_checkpoints(folder: Path | RunFolder) -> list[Checkpoint]:
+    """Return the committed checkpoints of a run, oldest first; their contents are not read.
+
+    Args:
+        folder: The run's folder, or that of its checkpoints on this machine. Behind a URL, what is known of it here;
+            the paths are URLs then.
+    """
+    if isinstance(folder, RunFolder):
+        folder.refresh()
+        found = list_checkpoints(folder.checkpoints)
+        if folder.copy is None:
+            return found
+        names = [f"{folder.checkpoints.name}/{Path(checkpoint.path).name}" for checkpoint in found]
+        return [replace(each, path=folder.place_of(name)) for each, name in zip(found, names, strict=True)]
     found = []
     for commit in sorted(folder.glob("step-*.json")):
         try:
@@ -99,36 +116,41 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     return found
 
 
-def best_checkpoint(folder: Path) -> Checkpoint:
+def best_checkpoint(folder: Path | RunFolder) -> Checkpoint:
     """Return the checkpoint of the last stage with the best `val_top1`, the newest among equals.
+
+    Args:
+        folder: As for `list_checkpoints`; a folder behind a URL is looked at anew.
 
     Raises:
         InvalidInputError: There is none yet.
     """
+    where = folder.fresh().location if isinstance(folder, RunFolder) else folder
     found = list_checkpoints(folder)
     if not found:
-        raise InvalidInputError(f"{folder}: no checkpoint yet. Let the run finish at least one epoch.")
+        raise InvalidInputError(f"{where}: no checkpoint yet. Let the run finish at least one epoch.")
     candidates = [checkpoint for checkpoint in found if checkpoint.is_deliverable]
     if not candidates:
         raise InvalidInputError(
-            f"{folder}: no checkpoint of the last stage yet; the newest is of stage {found[-1].stage} of "
+            f"{where}: no checkpoint of the last stage yet; the newest is of stage {found[-1].stage} of "
             f"{found[-1].num_stages}, another network than the run is for. Let the last stage finish an epoch."
         )
     return max(candidates, key=lambda checkpoint: (checkpoint.score, checkpoint.step))
 
 
-def stage_end(folder: Path, stage: int) -> Checkpoint:
+def stage_end(folder: RunFolder, stage: int) -> Checkpoint:
     """Return the intact checkpoint at the end of stage number `stage`, counted from 1.
 
     Raises:
         InvalidInputError: There is none, or its checksum differs.
     """
-    for checkpoint in reversed(list_checkpoints(folder)):
-        if checkpoint.stage == stage and checkpoint.ends_stage and _is_intact(checkpoint):
+    for checkpoint in reversed(list_checkpoints(folder.fresh())):
+        is_end = checkpoint.stage == stage and checkpoint.ends_stage
+        if is_end and (is_url(checkpoint.path) or is_intact(checkpoint)):  # that of a URL is verified when it is loaded
             return checkpoint
     raise InvalidInputError(
-        f"{folder}: the checkpoint at the end of stage {stage} is missing or damaged. Restore the file, or start the "
-        "run again."
+        f"{folder.location}: the checkpoint at the end of stage {stage} is missing or damaged. Restore the file, or "
+        "start the run again."
     )
 
 
@@ -138,36 +160,63 @@ def restore_point(folder: Path) -> Checkpoint | None:
     Damaged ones that are newer get the suffix `.damaged`, so that retention does not count them; the log names them.
     """
     for checkpoint in reversed(list_checkpoints(folder)):
-        if _is_intact(checkpoint):
+        if is_intact(checkpoint):
             return checkpoint
-        _log.warning("%s: damaged checkpoint (checksum differs); using the one before", checkpoint.path)
-        for path in (Path(checkpoint.path).with_suffix(".json"), Path(checkpoint.path)):
-            if path.exists():
-                path.rename(f"{path}.damaged")
+        set_aside(checkpoint)
     return None
+
+
+def set_aside(checkpoint: Checkpoint) -> None:
+    """Give the files of a damaged checkpoint another name, so that it does not count, and say so."""
+    _log.warning("%s: damaged checkpoint (checksum differs); using the one before", checkpoint.path)
+    for path in (Path(checkpoint.path).with_suffix(".json"), Path(checkpoint.path)):
+        if path.exists():
+            path.rename(f"{path}.damaged")
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
     """Load what `CheckpointWriter.save` was given, tensors on the CPU, without running any code of the file.
 
+    Args:
+        path: Path or URL of the file. One from a URL must have the checksum of the commit file beside it, if any.
+
     Raises:
         InvalidInputError: The file is missing or is no checkpoint, which holds `net` and `model` at least.
+        DabError: It was fetched and is damaged, or its store does not answer.
     """
+    place = shown(str(path))
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        source = io.BytesIO(_fetched(str(path))) if is_url(str(path)) else path
+        state = torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InvalidInputError(f"{path}: cannot be read ({error.strerror or error}). Name another file.") from error
+        raise InvalidInputError(f"{place}: cannot be read ({error.strerror or error}). Name another file.") from error
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise InvalidInputError(
-            f"{path} is no checkpoint of dab, or is damaged. Name a run, or a step-*.pt file of its checkpoints folder."
+            f"{place} is no checkpoint of dab, or is damaged. Name a run, or a step-*.pt of its checkpoints folder."
         ) from error
     missing = [key for key in _NEEDED if not isinstance(state, dict) or key not in state]
     if missing:
         raise InvalidInputError(
-            f"{path}: no checkpoint of a run: it holds {_contents(state, missing)}. Name a step-*.pt in the folder "
+            f"{place}: no checkpoint of a run: it holds {_contents(state, missing)}. Name a step-*.pt in the folder "
             "checkpoints of a run."
         )
     return dict(state)
+
+
+def _fetched(url: str) -> bytes:
+    """Return a file from a store, compared with its commit file."""
+    head, _, name = url.rpartition("/")
+    store = RunStore(head)
+    data = patiently(lambda: store.read(name), shown(url), _FETCH_LIMIT_S)
+    commit = patiently(lambda: store.read(f"{name.removesuffix('.pt')}.json"), shown(url), _FETCH_LIMIT_S)
+    if data is None:
+        raise InvalidInputError(f"{shown(url)}: there is no such file. Name another.")
+    if commit is not None and json.loads(commit)["sha256"] != hashlib.sha256(data).hexdigest():
+        raise DabError(
+            f"{shown(url)}: damaged (its checksum is not that of {name.removesuffix('.pt')}.json). Name another "
+            "checkpoint, or restore the file."
+        )
+    return data
 
 
 def _contents(state: object, missing: Sequence[str]) -> str:
@@ -248,6 +297,7 @@ class CheckpointWriter:
                 file.flush()
                 os.fsync(file.fileno())  # older checkpoints are removed right after
             temporary.replace(path)
+            sync_folder(self._folder)  # the name too must be there before the commit is
         finally:
             temporary.unlink(missing_ok=True)
         digest = hashlib.sha256(content).hexdigest()
@@ -273,7 +323,8 @@ def kept(checkpoints: Sequence[Checkpoint], policy: CheckpointPolicy) -> list[Ch
     return [checkpoint for checkpoint in checkpoints if checkpoint in [*newest, *best, *ends]]
 
 
-def _is_intact(checkpoint: Checkpoint) -> bool:
+def is_intact(checkpoint: Checkpoint) -> bool:
+    """Return whether the file of a checkpoint on this machine is there and has the recorded checksum."""
     path = Path(checkpoint.path)
     if not path.exists() or path.stat().st_size != checkpoint.num_bytes:
         return False

@@ -6,30 +6,121 @@
     attempts.jsonl  one line a start of the loop
     control.json    written by whoever wants the run to stop; the loop takes a checkpoint and ends
     result.json     how the last attempt ended
+    events.jsonl    one line for each thing that went wrong, and what was done; see `RunFolder.append_event`
     inspect/        steps that were not finite, see `dabnn.diagnose`
 
-The folder is the durable record; trackers follow it. It leaves out everything about clusters.
+The folder is the durable record; trackers follow it. It may lie behind a URL: then `root` is a copy of its small files,
+brought up to date when they are read, and writing goes to the store. It leaves out everything about clusters.
 """
 
+import errno
 import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from dabnn.data.location import Location
+from dabnn.data.remote import is_url
+from dabnn.run_copy import CHECKPOINTS, RunCopy
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and small files of one run under `root`."""
+    """Paths and small files of one run.
+
+    Attributes:
+        root: The folder, or the copy of one behind a URL.
+        copy: Keeps the copy; None where `root` is the folder itself.
+    """
 
     root: Path
+    copy: RunCopy | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, location: str | Path) -> "RunFolder":
+        """Return the folder at a path or URL; nothing is asked of a server yet.
+
+        Raises:
+            InvalidInputError: No run can be kept behind this URL.
+        """
+        text = str(location)
+        if isinstance(location, Path) or not is_url(text):
+            return cls(Path(location))
+        if text.startswith("file://"):
+            return cls(Location.of(text).path)
+        copy = RunCopy.of(text)
+        return cls(copy.root, copy)
+
+    @property
+    def location(self) -> str:
+        """Path or URL of the folder."""
+        return str(self.root) if self.copy is None else self.copy.store.url
+
+    def place_of(self, name: str) -> str:
+        """Return the path or URL of a file in it."""
+        return str(self.root / name) if self.copy is None else self.copy.store.child(name)
+
+    def child(self, name: str) -> "RunFolder":
+        """Return the folder of that name in it: of a trial in that of its sweep."""
+        return RunFolder(self.root / name) if self.copy is None else RunFolder.of(self.copy.store.child(name))
+
+    def children(self, name: str) -> list["RunFolder"]:
+        """Return the folders that lie in the folder of that name, in order."""
+        if self.copy is None:
+            return [RunFolder(path) for path in sorted((self.root / name).glob("*")) if path.is_dir()]
+        return [self.child(f"{name}/{entry}") for entry in self.copy.folders(name)]
+
+    def fresh(self) -> "RunFolder":
+        """Bring the copy of a folder behind a URL up to date, and return this.
+
+        Raises:
+            StoreError: The store refuses, or does not answer for 20 s.
+        """
+        if self.copy is not None:
+            self.copy.fetch()
+        return self
+
+    def refresh(self) -> None:
+        """Bring the copy up to date if it was not in the last second and the store answers."""
+        if self.copy is not None:
+            self.copy.refresh()
+
+    def leave(self, name: str, text: str) -> None:
+        """Write a small file of the run in one step, whatever its folder is; an existing one is replaced.
+
+        Raises:
+            OSError: It cannot be written.
+            StoreError: The store does not take it.
+        """
+        if self.copy is not None:
+            self.copy.write(name, text.encode())
+            return
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_text(path, text)
+
+    def leave_json(self, name: str, value: Any) -> None:
+        """Write a small file of JSON; see `leave`."""
+        self.leave(name, json.dumps(value))
+
+    def load_json(self, name: str) -> dict[str, Any]:
+        """Return the JSON mapping in a file of the run, or an empty one when there is no such file.
+
+        Raises:
+            StoreError: The store refuses, or does not answer for 20 s.
+        """
+        if self.copy is None:
+            return read_json(self.root / name)
+        data = self.copy.read(name)
+        return {} if data is None else dict(json.loads(data))
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.root / "checkpoints"
+        """Folder of the checkpoints; behind a URL, of the copies of their commit files."""
+        return self.root / CHECKPOINTS
 
     @property
     def metrics_file(self) -> Path:
@@ -48,10 +139,12 @@ class RunFolder:
 
     def append_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to `metrics.jsonl`; `step` is the number of finished epochs."""
-        _append_line(self.metrics_file, {"step": step, "metrics": metrics, "wall_time": time.time()})
+        line = {"step": step, "metrics": metrics, "wall_time": time.time()}
+        _append_line(self.metrics_file, line, durable=True)  # the checkpoint after it says that it is there
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics of every finished epoch in order, replayed epochs once."""
+        self.refresh()
         by_step: dict[int, dict[str, Any]] = {}
         for line in _read_lines(self.metrics_file):
             by_step.setdefault(line["step"], line)
@@ -66,41 +159,68 @@ class RunFolder:
 
     def attempts(self) -> list[dict[str, Any]]:
         """Return every recorded start of the loop."""
+        self.refresh()
         return _read_lines(self.root / "attempts.jsonl")
+
+    def append_event(self, event: Mapping[str, Any]) -> None:
+        """Append what happened to `events.jsonl`; behind a URL each call from outside makes a file of its own.
+
+        Raises:
+            OSError: It cannot be written.
+            StoreError: The store does not take it.
+        """
+        line = dict(event) | {"time": event.get("time", time.time())}
+        if self.copy is None:
+            _append_line(self.root / "events.jsonl", line)
+            return
+        # An object cannot be appended to, and the loop's own file is replaced as a whole.
+        self.copy.write(f"events-{time.time_ns()}-{os.getpid()}.jsonl", (json.dumps(line) + "\n").encode())
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return everything that was noted with `append_event`, by whomever, in the order of time."""
+        self.refresh()
+        lines = [line for path in self.root.glob("events*.jsonl") for line in _read_lines(path)]
+        return sorted(lines, key=lambda line: float(line.get("time", 0)))
 
     def request_stop(self) -> None:
         """Ask the loop to take a checkpoint and end."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        write_json(self.control_file, {"action": "stop", "time": time.time()})
+        self.leave_json(self.control_file.name, {"action": "stop", "time": time.time()})
 
     def clear_stop(self) -> None:
         """Withdraw a stop, so that the run can be resumed."""
-        self.control_file.unlink(missing_ok=True)
+        self._remove(self.control_file.name)
 
     def is_stop_requested(self) -> bool:
         """Whether a stop is asked for."""
+        self.refresh()
         return self.control_file.exists()
 
     def write_progress(self, progress: dict[str, Any]) -> None:
         """Replace `progress.json`."""
-        write_json(self.root / "progress.json", progress)
+        self.leave_json("progress.json", progress)
 
     def progress(self) -> dict[str, Any]:
         """Return the newest progress, or an empty dictionary."""
+        self.refresh()
         return read_json(self.root / "progress.json")
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Replace `result.json`."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        write_json(self.root / "result.json", result)
+        self.leave_json("result.json", result)
 
     def result(self) -> dict[str, Any]:
         """Return how the last attempt ended, or an empty dictionary."""
+        self.refresh()
         return read_json(self.root / "result.json")
 
     def forget_result(self) -> None:
         """Remove `result.json`, so that a new attempt cannot be mistaken for the last."""
-        (self.root / "result.json").unlink(missing_ok=True)
+        self._remove("result.json")
+
+    def _remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+        if self.copy is not None:
+            self.copy.remove(name)
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -111,18 +231,37 @@ def headline(metrics: Mapping[str, float]) -> dict[str, float]:
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
     """Write `value` as JSON to `path` in one step: a reader sees the old file or the new one.
 
-    With `durable` the text is on the disk before the name points to it, so a crash of the machine leaves one of both.
+    With `durable` the text is on the disk before the name points to it, and so is the name when this returns: a crash
+    of the machine leaves the old file or the new one, and the new one after the return.
     """
+    _write_text(path, json.dumps(value), durable=durable)
+
+
+def _write_text(path: Path, text: str, *, durable: bool = False) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w") as file:
-            json.dump(value, file)
+            file.write(text)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, or with the server of a network folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network folders cannot, and need not
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -133,12 +272,15 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _append_line(path: Path, value: dict[str, Any]) -> None:
+def _append_line(path: Path, value: dict[str, Any], *, durable: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     with path.open("a") as file:
         # A writer killed in mid-line leaves a torn line: it must not swallow the next one.
         file.write(("\n" if torn else "") + json.dumps(value) + "\n")
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

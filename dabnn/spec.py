@@ -179,12 +179,14 @@ class CheckpointPolicy:
         every_steps: Also write after every this many optimizer steps; None writes between epochs only.
         keep_last: How many of the newest to keep.
         keep_best: How many of the best by `val_top1` to keep.
+        retry_s: How long a store behind a URL may be away before the run fails; training goes on meanwhile.
     """
 
     every_epochs: int = 1
     every_steps: int | None = None
     keep_last: int = 2
     keep_best: int = 1
+    retry_s: float = 3600.0
 
 
 @dataclass(frozen=True)

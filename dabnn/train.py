@@ -1,6 +1,6 @@
 """The training loop: DDP, evaluation, checkpoints, resume. The same loop under plain `torchrun` and under Ray.
 
-    torchrun --nproc_per_node 2 -m dabnn.train SPEC.json RUN_FOLDER
+    torchrun --nproc_per_node 2 -m dabnn.train SPEC.json RUN_FOLDER     (`dabnn.torchrun`)
 
 What makes a run reproducible and resumable bit for bit on the same number of ranks: the order of the samples is a
 pure function of (seed, epoch), the dropout masks of (seed, step, rank), the learning rate of the step; DDP's buckets
@@ -13,34 +13,29 @@ loss that is not finite or bits that differ end all of them together instead of 
 clusters and trackers: see `jobs.train`.
 """
 
-import argparse
 import contextlib
-import gc
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from dabnn.agreement import is_agreed
 from dabnn.checkpoints import Checkpoint, CheckpointWriter, Moment, load_state, restore_point, stage_end, weights_sha256
 from dabnn.data import Batch, Stream, load_manifest
 from dabnn.data.bad_samples import BadSamples
 from dabnn.diagnose import Place, not_finite_parameter
-from dabnn.distributed import COLLECTIVE_TIMEOUT_S, World, deterministic, seed_step
+from dabnn.distributed import World, deterministic, seed_step
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.evaluate import Totals, count
-from dabnn.learner import Learner
+from dabnn.learner import Learner, checkpoint_bytes
+from dabnn.memory import telling_of_memory
 from dabnn.models import Network
-from dabnn.observer import Observer, Silent
-from dabnn.run_folder import RunFolder, headline
+from dabnn.observer import LeavingError, Observer, Silent, Unwatched, Watch, Wish
+from dabnn.run_folder import RunFolder
+from dabnn.run_mirror import RunMirror, mirroring
 from dabnn.spec import StageSpec, TrainSpec
 from dabnn.splits import check_order, open_split, order_settings
 from dabnn.tally import Tally, bad_over
@@ -51,6 +46,7 @@ _log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 1.0
 STAGE_TEACHER = "stage:"
+LEAVING = "leaving"
 _DIVERGED_ADVICE = "Lower optim.max_lr or raise schedule.warmup_epochs."
 _BITS_ADVICE = "`dab resume` goes on from the last checkpoint; if it happens again, test the memory of that machine."
 
@@ -86,14 +82,17 @@ class Position:
     stage: int = 0
 
 
-def train(spec: TrainSpec, folder: RunFolder, *, world: World, observer: Observer | None = None) -> TrainResult:
+def train(
+    spec: TrainSpec, folder: RunFolder, *, world: World, observer: Observer | None = None, watch: Watch | None = None
+) -> TrainResult:
     """Train from the newest intact checkpoint in `folder`, or from the start; every rank calls this alike.
 
     Args:
         spec: The run.
-        folder: Where checkpoints, metrics and progress go; shared by all ranks.
+        folder: Where checkpoints, metrics and progress go; shared by all ranks, or behind a URL.
         world: The ranks.
         observer: Told about each finished epoch.
+        watch: Told of each step, and asked whether a checkpoint is wanted now.
 
     Returns:
         How it ended, equal on all ranks. A specification that does not fit data, model or checkpoint, a damaged sample,
@@ -101,41 +100,57 @@ def train(spec: TrainSpec, folder: RunFolder, *, world: World, observer: Observe
         would meet it again.
 
     Raises:
-        DabError: Not even the result could be written.
+        DabError: Not even the result could be written, or not all could be brought to where the run's folder lies.
+        LeavingError: `watch` asked for it; a checkpoint was taken, and no result was left.
+        MemoryLimitError: A step needs more memory than there is.
     """
-    with deterministic():
-        loop = _Loop(spec, folder, world, observer or Silent())
-        try:
-            result = loop.prepare() or loop.run()
-        finally:
-            loop.close()
-    if world.is_main:
-        try:
-            folder.write_result(asdict(result))
-        except OSError as error:
-            raise DabError(f"storage: cannot write in {folder.root}: {error}. {result.message}") from error
+    with mirroring(folder, is_main=world.is_main, retry_s=spec.checkpoint.retry_s) as (place, mirror):
+        with deterministic(), telling_of_memory(spec.data.batch_size, world.size, world.rank):
+            loop = _Loop(spec, place, world, (observer or Silent(), watch or Unwatched()), mirror)
+            try:
+                result = loop.prepare() or loop.run()
+            finally:
+                loop.close()
+        if mirror is not None:  # the result says that everything before it is there
+            mirror.settle()
+        if result.status == LEAVING:
+            raise LeavingError(result.message)
+        if world.is_main:
+            try:
+                place.write_result(asdict(result))
+            except OSError as error:
+                raise DabError(f"storage: cannot write in {place.root}: {error}. {result.message}") from error
     return result
 
 
 class _Loop:
     """The state of one call of `train`."""
 
-    def __init__(self, spec: TrainSpec, folder: RunFolder, world: World, observer: Observer) -> None:
-        self.spec, self.folder, self.world, self.observer = spec, folder, world, observer
+    def __init__(
+        self,
+        spec: TrainSpec,
+        folder: RunFolder,
+        world: World,
+        outside: tuple[Observer, Watch],
+        mirror: RunMirror | None,
+    ) -> None:
+        self.spec, self.folder, self.world, self.mirror = spec, folder, world, mirror
+        self.observer, self.watch = outside
         self.learner: Learner
         self.streams: list[Stream] = []
         self.writer = CheckpointWriter(folder.checkpoints, spec.checkpoint)
         self.position, self.tally, self.metrics = Position(), Tally(), dict[str, float]()
         self._started, self._seen, self._progress_time = 0.0, 0, 0.0
         self._error: DabError | None = None
-        self._last_loss, self._saved_step = 0.0, -1
+        self._last_loss, self._saved_step, self._is_save_wished = 0.0, -1, False
         self._tried: tuple[Batch, Place] | None = None  # the last step
 
     def prepare(self) -> TrainResult | None:
         """Build everything and restore the newest checkpoint; return a failed result when a rank cannot."""
-        found = restore_point(self.folder.checkpoints) if self.world.is_main else None
+        reason = self._together(self._begin_mirror)
+        found = restore_point(self.folder.checkpoints) if self.world.is_main and not reason else None
         found = self.world.share(found)
-        reason = self._together(lambda: self._restore(found))
+        reason = reason or self._together(lambda: self._restore(found))
         if reason:
             epoch, step = (found.epoch, found.step) if found else (0, 0)
             return TrainResult("failed", reason, epoch, step, {}, "")
@@ -143,6 +158,16 @@ class _Loop:
         if self.world.is_main:
             self._write(lambda: self.folder.begin_attempt(self.position.step, self.world.size))
         return None
+
+    def _begin_mirror(self) -> None:
+        if self.mirror is not None:
+            self.mirror.begin(checkpoint_bytes(self.spec))
+
+    def _settle(self) -> None:
+        """Have every checkpoint where the other ranks find it."""
+        self.writer.wait()
+        if self.mirror is not None:
+            self.mirror.settle()
 
     def _together(self, call: Callable[[], object]) -> str:
         """Call on every rank; return why the first rank that cannot go on cannot, or nothing."""
@@ -184,15 +209,15 @@ class _Loop:
             decision, reason = self._train_epoch()
             if decision.is_failure:
                 return self._result("failed", self._explain(decision, reason))
-            is_stopping = decision is Verdict.STOP
-            if self.position.step_in_epoch == self.train_stream.num_steps:
+            is_stopping = decision in (Verdict.STOP, Verdict.LEAVE)
+            if self.position.step_in_epoch == self.train_stream.num_steps and decision is not Verdict.LEAVE:
                 error = self._finish_epoch(is_stopping)
                 if error:
                     return self._result("failed", error)
             elif is_stopping and self._saved_step != self.position.step:
                 self._save({} if self.position.step_in_epoch else self.metrics)
             if is_stopping and self.position.epoch < self.spec.epochs:
-                return self._result("stopped", reason)
+                return self._result("stopped" if decision is Verdict.STOP else LEAVING, reason)
         return self._result("finished", "")
 
     def _next_stage(self) -> str:
@@ -206,7 +231,7 @@ class _Loop:
             self.learner.start_from(state, f"stage {self.stage.name}")
 
         # A teacher may be the checkpoint that is being written.
-        reason = self._together(self.writer.wait) or self._together(begin)
+        reason = self._together(self._settle) or self._together(begin)
         if not reason:
             self.learner.connect()
             if self.world.is_main:
@@ -224,7 +249,7 @@ class _Loop:
         name = source.removeprefix(STAGE_TEACHER)
         if name not in names:
             raise InvalidInputError(f"train.distill.teacher: {source} is none of the earlier stages ({names}).")
-        return load_trained(stage_end(self.folder.checkpoints, names.index(name) + 1).path)
+        return load_trained(stage_end(self.folder, names.index(name) + 1).path)
 
     def close(self) -> None:
         """End the loader processes."""
@@ -252,10 +277,13 @@ class _Loop:
             return None
 
     def _agree(self) -> tuple[Verdict, str]:
+        if self.mirror is not None:
+            self._error = self._error or self.mirror.problem
         stop = self.world.is_main and self.folder.is_stop_requested()
-        flags = [int(stop), int(self._error is not None), int(not self.learner.is_finite)]
-        *flags, digest, complement = self.world.largest([*flags, *self.learner.agreement.values()])
-        return verdict(*flags, has_equal_bits=is_agreed([digest, complement]))
+        flags = [int(stop), int(self._error is not None), int(not self.learner.is_finite), int(self.watch.wish())]
+        *flags, wish, digest, complement = self.world.largest([*flags, *self.learner.agreement.values()])
+        self._is_save_wished = wish == Wish.SAVE
+        return verdict(*flags, leave=int(wish == Wish.LEAVE), has_equal_bits=is_agreed([digest, complement]))
 
     def _step(self, batch: Batch) -> None:
         try:
@@ -278,6 +306,7 @@ class _Loop:
         self._seen += size
         position.step_in_epoch += 1
         position.step += 1
+        self.watch.alive(position.step)
 
     def _finish_epoch(self, is_stopping: bool) -> str:
         """Validate, record and save; return why the run cannot go on, or nothing."""
@@ -323,7 +352,7 @@ class _Loop:
             # Another epoch each time, although the order is the same: so the loaders' read-ahead is used.
             batches = self.val_stream.epoch(self.position.epoch)
             try:
-                totals = count(net, batches, self.world.device)
+                totals = count(net, self._watched(batches), self.world.device)
             except DabError as error:  # not raised here: the other ranks would wait for this one in the next all-reduce
                 self._error = error
         metrics = totals.over(self.world).metrics("val_")
@@ -334,6 +363,11 @@ class _Loop:
             metrics["val_bad_samples"] = float(bad.num)
         return metrics
 
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.watch.alive(self.position.step)
+            yield batch
+
     def _check_bad(self, bad: BadSamples, stream: Stream) -> None:
         try:
             bad.check(stream.num_samples, self.spec.data.max_bad_fraction)
@@ -343,7 +377,8 @@ class _Loop:
     def _save_if_due(self) -> None:
         every = self.spec.checkpoint.every_steps
         is_last = self.position.step_in_epoch == self.train_stream.num_steps
-        if every and self.position.step % every == 0 and not is_last:
+        is_due = bool(every) and self.position.step % every == 0 and not is_last
+        if is_due or self._is_save_wished:
             self._save({})
 
     def _save(self, metrics: dict[str, float]) -> None:
@@ -374,7 +409,7 @@ class _Loop:
 
     def _restore(self, found: Checkpoint | None) -> None:
         """Build what `found` was saved from and go on from there, or begin; every stream is opened."""
-        state = load_state(found.path) if found else {}
+        state = load_state(self.folder.place_of(f"checkpoints/{Path(found.path).name}")) if found else {}
         self.position = Position(**state["position"]) if found else Position()
         if self.position.stage >= len(self.spec.parts):
             raise InvalidInputError(f"train.stages: the run was in stage {self.position.stage + 1}, which is gone.")
@@ -463,37 +498,7 @@ class _Loop:
         return TrainResult(status, message, position.epoch, position.step, dict(self.metrics), digest)
 
 
-def main() -> None:
-    """Run `train` in this process as `torchrun` started it, or alone."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dabnn.train", description="Train under torchrun, or in one process."
-    )
-    parser.add_argument("spec", type=Path, help="JSON file of a TrainSpec")
-    parser.add_argument("folder", type=Path, help="folder of the run; an interrupted run in it is continued")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    if "WORLD_SIZE" in os.environ:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    try:
-        result = train(TrainSpec.from_file(arguments.spec), RunFolder(arguments.folder), world=World.current(device))
-    except DabError as error:
-        raise SystemExit(f"error: {error}") from error
-    finally:
-        if dist.is_initialized():
-            gc.collect()  # DDP refers to the group in cycles; gloo threads that live on abort Python's exit at times
-            dist.destroy_process_group()
-    _log.info("%s: epoch %d, step %d, %s", result.status, result.epoch, result.step, headline(result.metrics))
-    if result.status == "failed":
-        raise SystemExit(f"error: {result.message}")
-
-
 if __name__ == "__main__":
+    from dabnn.torchrun import main
+
     main()

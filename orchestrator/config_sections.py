@@ -273,6 +273,11 @@ class Checkpoint(Section):
     )
     keep_last: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
     keep_best: int = Field(default=1, ge=1, description="checkpoints of highest val_top1 that are kept besides")
+    retry_s: float = Field(
+        default=3600.0,
+        gt=0,
+        description="seconds that a store behind a URL may be away before the run fails; training goes on meanwhile",
+    )
 
 
 class Kurtosis(Section):
