@@ -22,10 +22,22 @@ FLUSH_TIMEOUT_S = (
 )
 
 
-def record_start(job: Job) -> None:
-    """Mark the run as running and name its attempt."""
-    _tolerate(lambda: tracking.set_tags(job.tracking_uri, job.run_id, {"dab.attempt": str(job.attempt)}))
-    _tolerate(lambda: tracking.set_status(job.tracking_uri, job.run_id, "running"))
+def record_start(job: Job, follower: tracking.MetricFollower | None = None) -> None:
+    """Mark the run as running and name its attempt.
+
+    Args:
+        job: The run's job.
+        follower: Tells a tracker that is away when it is back. Without it, such a tracker hears of the run's end only.
+    """
+
+    def tell() -> None:
+        tracking.set_tags(job.tracking_uri, job.run_id, {"dab.attempt": str(job.attempt)})
+        tracking.set_status(job.tracking_uri, job.run_id, "running")
+
+    if follower is None:
+        _tolerate(tell)
+    else:
+        follower.owe(tell)
 
 
 def leave_result(folder: RunFolder, result: dict[str, Any]) -> None:

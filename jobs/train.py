@@ -33,7 +33,6 @@ def main() -> int:
     config = job.parsed_config()
     folder = job.run_folder
     ray.init(logging_level=logging.WARNING)
-    record_start(job)
     say(f"run {job.name} ({job.run_id}), attempt {job.attempt}: {config.cluster.num_workers} workers")
     with following(job), printing_progress(folder):
         try:
@@ -54,8 +53,9 @@ def say(line: str) -> None:
 
 @contextmanager
 def following(job: Job) -> Iterator[MetricFollower]:
-    """Within the block the run's metrics go to MLflow as they appear; unsent ones are counted at the end."""
+    """Within the block the run is marked as running and its metrics go to MLflow; unsent ones are counted at the end."""
     follower = MetricFollower(job.tracking_uri)
+    record_start(job, follower)
     follower.follow(job.run_folder.metrics_file, job.run_id)
     try:
         yield follower

@@ -2,19 +2,27 @@
 
 The file is the durable record, a line of JSON a report: `{"step": 3, "metrics": {"loss": 0.5}, "wall_time": 1.7e9}`. A
 thread sends what appears and remembers beside the file how far it came, so a server that is away, or a follower that is
-killed, costs nothing but time. Sending the same line twice does no harm: MLflow keeps one of equal points.
+killed, costs nothing but time.
+
+Nothing arrives twice. MLflow keeps one of equal points (key, time, step, value), and what is sent for a line is a
+function of the file up to that line: the same line sent again, by this follower whose answer was lost or by another, is
+the same points. A step that a restarted run writes again, at another time, is sent once, as it was first written.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from dabnn.errors import DabError, InvalidInputError
 from orchestrator.home import read_record, write_private
 from orchestrator.mlflow_client import is_reachable, is_refusal, unchecked_client
 
@@ -27,6 +35,7 @@ _MAX_DELAY_S = 30.0
 _MAX_METRICS_PER_CALL = 1000  # MLflow refuses more
 _MAX_LINES_PER_CALL = 200
 _REACH_TIMEOUT_S = 5.0
+_SEAM_BYTES = 256  # compared, so that a file that was put back to an earlier state is noticed
 
 
 @dataclass
@@ -38,6 +47,7 @@ class _Tail:
         run_id: MLflow run.
         offset: Bytes of the file that are dealt with; always the beginning of a line.
         last_steps: Per metric the last step sent. A run that restarts from a checkpoint writes steps again.
+        seam: Digest of the last bytes before `offset`.
         is_refused: The server wants nothing for this run: it was deleted there.
     """
 
@@ -45,6 +55,7 @@ class _Tail:
     run_id: str
     offset: int = 0
     last_steps: dict[str, int] = field(default_factory=dict)
+    seam: str = ""
     is_refused: bool = False
 
     @property
@@ -56,18 +67,20 @@ class _Tail:
         state = read_record(self.state_path)
         if state is not None and state.get("run_id") == self.run_id:
             self.offset, self.last_steps = int(state["offset"]), dict(state["last_steps"])
+            self.seam = str(state.get("seam", ""))
 
     def commit(self, offset: int, last_steps: dict[str, int]) -> None:
-        self.offset, self.last_steps = offset, last_steps
-        state = {"run_id": self.run_id, "offset": offset, "last_steps": last_steps}
+        with self.path.open("rb") as file:
+            self.offset, self.last_steps, self.seam = offset, last_steps, _seam(file, offset)
+        state = {"run_id": self.run_id, "offset": offset, "last_steps": last_steps, "seam": self.seam}
         write_private(self.state_path, json.dumps(state))
 
     def lines(self, limit: int | None) -> list[bytes]:
         """Return whole lines after `offset`; one that is still being written is left for later."""
         try:
             with self.path.open("rb") as file:
-                if file.seek(0, 2) < self.offset:  # the file was begun anew
-                    self.offset = 0
+                if file.seek(0, 2) < self.offset or (self.seam and _seam(file, self.offset) != self.seam):
+                    self.offset = 0  # the file was begun anew; `last_steps` keeps what was sent from being sent again
                 file.seek(self.offset)
                 lines = list(itertools.islice(file, limit))
         except FileNotFoundError:
@@ -89,6 +102,7 @@ class MetricFollower:
         self._closing = threading.Event()
         self._deadline = float("inf")
         self._is_away = False
+        self._owed: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._run, name="dab-metrics", daemon=True)
         self._thread.start()
 
@@ -98,6 +112,14 @@ class MetricFollower:
         with contextlib.suppress(OSError):  # then lines are sent twice, which does no harm
             tail.restore()
         self._tails.append(tail)
+
+    def owe(self, call: Callable[[], None]) -> None:
+        """Make a call to the server as soon as it answers, in the order in which calls are owed, before any metrics.
+
+        Args:
+            call: Raises DabError where the server is away; it is then repeated. What the server refuses is dropped.
+        """
+        self._owed.append(call)
 
     def close(self, timeout_s: float) -> int:
         """Send what can be sent within `timeout_s`, stop, and return the number of lines that could not be sent.
@@ -123,23 +145,38 @@ class MetricFollower:
                 self._closing.wait(delay_s)
 
     def _send_all(self) -> bool:
-        """Send all whole lines of all files; return whether that succeeded."""
+        """Send all whole lines of all files; return whether that succeeded. A run that fails holds up no other."""
         from mlflow.exceptions import MlflowException
 
+        try:
+            self._make_owed_calls()
+        except DabError as error:
+            self._warn_away(error)
+            return False
+        is_done = True
         for tail in list(self._tails):
             try:
                 while not tail.is_refused and (lines := tail.lines(_MAX_LINES_PER_CALL)):
                     self._send(tail, lines)
-            except MlflowException as error:
-                if not is_refusal(error):
-                    self._warn_away(error)
-                    return False
-                tail.is_refused = True
-                _log.warning("MLflow takes no metrics of run %s (%s); they stay in %s", tail.run_id, error, tail.path)
-            except OSError as error:
+            except ConnectionError as error:
                 self._warn_away(error)
                 return False
-        return True
+            except (MlflowException, OSError) as error:
+                if isinstance(error, OSError) or not is_refusal(error):
+                    self._warn_away(error)
+                    is_done = False
+                    continue
+                tail.is_refused = True
+                _log.warning("MLflow takes no metrics of run %s (%s); they stay in %s", tail.run_id, error, tail.path)
+        return is_done
+
+    def _make_owed_calls(self) -> None:
+        while self._owed:
+            try:
+                self._owed[0]()
+            except InvalidInputError as error:
+                _log.warning("%s (not tried again)", error)
+            self._owed.popleft()
 
     def _send(self, tail: _Tail, lines: list[bytes]) -> None:
         last_steps = dict(tail.last_steps)
@@ -158,6 +195,23 @@ class MetricFollower:
         if not self._is_away:
             _log.warning("MLflow at %s is away (%s); metrics are kept on disk and sent later", self._uri, error)
             self._is_away = True
+
+
+def has_unsent(path: Path, run_id: str) -> bool:
+    """Return whether a metrics file holds lines that no follower has sent."""
+    tail = _Tail(path, run_id)
+    try:
+        tail.restore()
+        return bool(tail.lines(1))
+    except OSError:
+        return False
+
+
+def _seam(file: BinaryIO, offset: int) -> str:
+    """Return the digest of the last bytes before `offset`."""
+    begin = max(0, offset - _SEAM_BYTES)
+    file.seek(begin)
+    return hashlib.sha256(file.read(offset - begin)).hexdigest()[:16]
 
 
 def _new_metrics(line: bytes, last_steps: dict[str, int], path: Path) -> list["Metric"]:

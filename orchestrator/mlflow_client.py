@@ -12,15 +12,25 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from dabnn.data.remote import shown
 from dabnn.errors import DabError, InvalidInputError
+from orchestrator.home import home_path
 from orchestrator.processes import without_proxies
+from orchestrator.tracking_password import USER, read_password
+from orchestrator.tracking_server import is_own_guarded
 
 if TYPE_CHECKING:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
 _REACH_TIMEOUT_S = 8.0  # a server on a machine that trains on all cores has taken 3 s for its first answer
+_USERNAME, _PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 _REFUSALS = (400, 404, 409, 413)
+_UNKNOWN_USER = (
+    "MLflow: {uri} asks for a user and a password, and those given are not right. Set MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), here and on the nodes of the cluster; a job takes them from "
+    "its node."
+)
 _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -44,6 +54,8 @@ def connected(uri: str) -> Iterator["MlflowClient"]:
     try:
         yield client
     except MlflowException as error:
+        if error.get_http_status_code() == http.client.UNAUTHORIZED:  # type: ignore[no-untyped-call]
+            raise DabError(_UNKNOWN_USER.format(uri=uri)) from error
         kind = InvalidInputError if is_refusal(error) else DabError
         raise kind(f"MLflow: {uri} answered: {error.message}") from error
     except (OSError, http.client.HTTPException) as error:
@@ -69,6 +81,7 @@ def unchecked_client(uri: str) -> "MlflowClient":
     os.environ.update(without_proxies(os.environ))
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    _sign_in(uri)
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(uri)
@@ -80,10 +93,15 @@ def is_reachable(uri: str, *, timeout_s: float) -> bool:
     Raises:
         InvalidInputError: The URI is not one of a server.
     """
+    if urlsplit(uri).username is not None or urlsplit(uri).password is not None:
+        raise InvalidInputError(
+            f"tracking.uri: {shown(uri)} holds a user or password, which would be kept in the run's records. Leave it "
+            "out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, here and on the nodes of the cluster."
+        )
     if urlsplit(uri).scheme not in {"http", "https"} or not urlsplit(uri).netloc:
         raise InvalidInputError(
-            f"tracking.uri: {uri!r} is not the address of an MLflow server; it must begin with http:// or https://, as "
-            "several processes write to it at once. null stands for a server on this machine."
+            f"tracking.uri: {shown(uri)!r} is not the address of an MLflow server; it must begin with http:// or "
+            "https://, as several processes write to it at once. null stands for a server on this machine."
         )
     os.environ.update(without_proxies(os.environ))
     try:
@@ -94,6 +112,17 @@ def is_reachable(uri: str, *, timeout_s: float) -> bool:
         return error.code < http.client.INTERNAL_SERVER_ERROR  # a gateway answers 502 to 504 for a server that is away
     except (OSError, http.client.HTTPException):
         return False
+
+
+def _sign_in(uri: str) -> None:
+    """Give MLflow's client the password of this machine's own server, and that only, unless the user gave one."""
+    password = read_password(home_path())
+    is_ours = password is not None and os.environ.get(_PASSWORD) == password
+    if is_own_guarded(uri) and password is not None:
+        os.environ.setdefault(_USERNAME, USER)
+        os.environ.setdefault(_PASSWORD, password)
+    elif is_ours:
+        del os.environ[_PASSWORD], os.environ[_USERNAME]
 
 
 def is_refusal(error: "MlflowException") -> bool:

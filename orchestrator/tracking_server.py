@@ -1,6 +1,9 @@
-"""The MLflow server of this machine: one, on loopback, over sqlite in `DAB_HOME`, shared by all runs and `dab ui`.
+"""The MLflow server of this machine: one, shared by all runs and `dab ui`.
 
-Leaves out what is written to it (`orchestrator.tracking`) and servers elsewhere, which `tracking.uri` names.
+It listens on loopback and keeps runs in sqlite in `DAB_HOME`, unless `tracking.toml` says otherwise
+(`orchestrator.tracking_settings`); beyond loopback it asks for a password. Files go through it, so that who writes them
+needs no credentials of the store behind it. Leaves out what is written to it (`orchestrator.tracking`) and servers
+elsewhere, which `tracking.uri` names.
 """
 
 import http.client
@@ -9,11 +12,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from dabnn.errors import InvalidInputError
 from orchestrator import processes
-from orchestrator.home import home, home_folder
+from orchestrator.home import home, home_folder, home_path
 from orchestrator.processes import OnWait, Server
+from orchestrator.tracking_password import PASSWORD_FILE, USER, server_environment
+from orchestrator.tracking_settings import FILE, TrackingSettings, tracking_settings
 
 _GRACE_S = 10.0
 _SERVER_ENV = {
@@ -33,11 +39,15 @@ class TrackingStatus:
         state: `running`; `silent`, its process runs but does not answer; or `stopped`.
         uri: Its address; None when stopped.
         pids: All of its processes.
+        user: Who it knows, with the password of `password_file`; None where it lets all in, as it does on loopback.
+        password_file: File that holds the password.
     """
 
     state: Literal["running", "silent", "stopped"]
     uri: str | None
     pids: tuple[int, ...]
+    user: str | None = None
+    password_file: str | None = None
 
 
 def ensure_tracking(*, port: int | None = None, on_wait: OnWait | None = None) -> str:
@@ -47,11 +57,11 @@ def ensure_tracking(*, port: int | None = None, on_wait: OnWait | None = None) -
     programs at once.
 
     Args:
-        port: Port on loopback. Default: the former one, or a free one.
+        port: Port to listen on. Default: that of `tracking.toml`, the former one, or a free one.
         on_wait: Called about once a second while waiting.
 
     Raises:
-        InvalidInputError: The port is taken, or the server already runs on another one.
+        InvalidInputError: The port is taken, the server already runs on another one, or `tracking.toml` is wrong.
         DabError: It did not start; the message holds the end of its log. No process of it is left.
     """
     folder = home()
@@ -89,32 +99,33 @@ def tracking_status() -> TrackingStatus:
     if server is None or not processes.is_alive(server):
         return TrackingStatus("stopped", None, ())
     pids = tuple(process.pid for process in processes.members(server))
-    return TrackingStatus("running" if _is_up(server) else "silent", _uri(server), pids)
+    user, file = (USER, str(home() / PASSWORD_FILE)) if _asks_for_password(server) else (None, None)
+    return TrackingStatus("running" if _is_up(server) else "silent", _uri(server), pids, user, file)
+
+
+def is_own_guarded(uri: str) -> bool:
+    """Return whether `uri` is the address of this machine's server and that asks for a password."""
+    server = processes.recorded(home_path() / "tracking.json")
+    return server is not None and _asks_for_password(server) and urlsplit(uri).netloc == urlsplit(_uri(server)).netloc
 
 
 def _start(folder: Path, record: Path, former: Server | None, *, port: int | None, on_wait: OnWait | None) -> str:
+    settings = tracking_settings()
     if former is not None:
         processes.end(former, grace_s=0)
-    if port is not None:
-        processes.check_port("tracking port", port)
-    elif former is not None and processes.is_free(int(former.details["port"])):
-        port = int(former.details["port"])
-    else:
-        port = processes.free_ports(1)[0]
+    port = _port(settings, former, port)
     database = folder / "mlflow.db"
-    is_new = not database.exists()
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", f"sqlite:///{database}",
-        "--artifacts-destination", str(home_folder("artifacts")),
-    ]  # fmt: skip
+    is_new = settings.store is None and not database.exists()
+    env = {name: value for name, value in os.environ.items() if "MLFLOW_" not in name} | _SERVER_ENV
+    if settings.is_exposed:
+        env |= server_environment(folder)
     server = processes.start(
         "the MLflow server",
-        command,
-        env={name: value for name, value in os.environ.items() if "MLFLOW_" not in name} | _SERVER_ENV,
+        _command(settings, port, database),
+        env=env,
         log=home_folder("logs") / "mlflow.log",
         record=record,
-        details={"port": port},
+        details={"host": settings.local_host, "port": port, "password": int(settings.is_exposed)},
     )
     try:
         processes.wait_until_ready(server, lambda: _is_up(server), on_wait=on_wait)
@@ -128,12 +139,45 @@ def _start(folder: Path, record: Path, former: Server | None, *, port: int | Non
     return _uri(server)
 
 
+def _port(settings: TrackingSettings, former: Server | None, asked: int | None) -> int:
+    """Return the port to listen on.
+
+    Raises:
+        InvalidInputError: One that was asked for, here or in the settings, cannot be had.
+    """
+    for option, port in (("tracking port", asked), (f"{FILE}: port", settings.port)):
+        if port is not None:
+            processes.check_port(option, port)
+            return port
+    if former is not None and processes.is_free(int(former.details["port"])):
+        return int(former.details["port"])
+    return processes.free_ports(1)[0]
+
+
+def _command(settings: TrackingSettings, port: int, database: Path) -> list[str]:
+    guard = ["--app-name", "basic-auth", "--allowed-hosts", settings.host_headers(port)] if settings.is_exposed else []
+    return [
+        sys.executable, "-m", "mlflow", "server", "--host", settings.host, "--port", str(port), "--workers", "1",
+        "--backend-store-uri", settings.store or f"sqlite:///{database}",
+        "--artifacts-destination", settings.artifacts or str(home_folder("artifacts")),
+        *guard,
+    ]  # fmt: skip
+
+
+def _asks_for_password(server: Server) -> bool:
+    return bool(server.details.get("password"))
+
+
+def _host(server: Server) -> str:
+    return str(server.details.get("host", "127.0.0.1"))
+
+
 def _uri(server: Server) -> str:
-    return f"http://127.0.0.1:{server.details['port']}"
+    return f"http://{_host(server)}:{server.details['port']}"
 
 
 def _is_up(server: Server) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", int(server.details["port"]), timeout=5)
+    connection = http.client.HTTPConnection(_host(server), int(server.details["port"]), timeout=5)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == http.client.OK
