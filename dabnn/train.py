@@ -34,6 +34,7 @@ from dabnn.learner import Learner, checkpoint_bytes
 from dabnn.memory import telling_of_memory
 from dabnn.models import Network
 from dabnn.observer import LeavingError, Observer, Silent, Unwatched, Watch, Wish
+from dabnn.progress import Position, progress_of
 from dabnn.run_folder import RunFolder
 from dabnn.run_mirror import RunMirror, mirroring
 from dabnn.spec import StageSpec, TrainSpec
@@ -70,16 +71,6 @@ class TrainResult:
     step: int
     metrics: dict[str, float]
     weights_sha256: str
-
-
-@dataclass
-class Position:
-    """Where a run stands: finished epochs, steps taken within the current one, steps in all, stage from 0."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    stage: int = 0
 
 
 def train(
@@ -257,7 +248,9 @@ class _Loop:
             stream.close()
 
     def _train_epoch(self) -> tuple[Verdict, str]:
-        batches = self.train_stream.epoch(self.position.epoch, start_step=self.position.step_in_epoch)
+        stream, done = self.train_stream, self.position.step_in_epoch
+        # Nothing is left to learn where a process had to leave between the last step of an epoch and its evaluation.
+        batches = stream.epoch(self.position.epoch, start_step=done) if done < stream.num_steps else iter(())
         batch = self._fetch(batches)
         decision, reason = self._agree()
         while decision is Verdict.CONTINUE and batch is not None:
@@ -282,7 +275,7 @@ class _Loop:
         stop = self.world.is_main and self.folder.is_stop_requested()
         flags = [int(stop), int(self._error is not None), int(not self.learner.is_finite), int(self.watch.wish())]
         *flags, wish, digest, complement = self.world.largest([*flags, *self.learner.agreement.values()])
-        self._is_save_wished = wish == Wish.SAVE
+        self._is_save_wished |= wish == Wish.SAVE
         return verdict(*flags, leave=int(wish == Wish.LEAVE), has_equal_bits=is_agreed([digest, complement]))
 
     def _step(self, batch: Batch) -> None:
@@ -331,7 +324,8 @@ class _Loop:
         if self.world.is_main:  # before the checkpoint: a run resumed from that would not write this line again
             self._write(lambda: self.folder.append_metrics(self.position.epoch, metrics))
             self._write_progress(metrics["images_per_s"])
-        if self._is_stage_over or is_stopping or self.position.epoch % self.spec.checkpoint.every_epochs == 0:
+        is_due = self.position.epoch % self.spec.checkpoint.every_epochs == 0
+        if self._is_stage_over or is_stopping or is_due or self._is_save_wished:
             self._save(metrics)
         self.observer.epoch_finished(self.position.epoch, metrics)
         return ""
@@ -384,7 +378,7 @@ class _Loop:
     def _save(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint of the current position; every rank must call it, rank 0 writes."""
         tally, instruments = self.tally.over(self.world), self.learner.instruments.state(self.world)
-        self._saved_step = self.position.step
+        self._saved_step, self._is_save_wished = self.position.step, False
         if not self.world.is_main or self._error is not None:
             return
         if problem := not_finite_parameter(self.learner.net):
@@ -446,20 +440,15 @@ class _Loop:
             self._write_progress(self._seen / (now - self._started))
 
     def _write_progress(self, images_per_s: float) -> None:
-        position, steps_per_epoch = self.position, self.train_stream.num_steps
-        steps_left = (self.spec.epochs - position.epoch) * steps_per_epoch - position.step_in_epoch
-        progress: dict[str, Any] = {
-            "epoch": position.epoch,
-            "epochs": self.spec.epochs,
-            "stage": self.stage.name,
-            "step": position.step,
-            "step_in_epoch": position.step_in_epoch,
-            "steps_per_epoch": steps_per_epoch,
-            "loss": self._last_loss,
-            "images_per_s": images_per_s,
-            "eta_s": steps_left * self.train_stream.num_samples / steps_per_epoch / images_per_s,
-            "time": time.time(),
-        }
+        stream = self.train_stream
+        progress = progress_of(
+            self.spec,
+            self.position,
+            num_steps=stream.num_steps,
+            num_samples=stream.num_samples,
+            loss=self._last_loss,
+            images_per_s=images_per_s,
+        )
         with contextlib.suppress(OSError):  # a full disk is told by what matters: metrics and checkpoints
             self.folder.write_progress(progress)
 
