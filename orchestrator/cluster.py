@@ -1,10 +1,9 @@
 """The embedded Ray cluster: one node on this machine, started when needed, found again, ended by `dab cluster down`.
 
-Leaves out clusters elsewhere, which are reached by their address. Whoever can reach Ray's ports could run programs as
+Leaves out clusters elsewhere (`orchestrator.target`). Whoever can reach Ray's ports could run programs as
 you, so token authentication is always on, the dashboard listens on loopback only, and the node's address is a loopback.
 """
 
-import contextlib
 import http.client
 import json
 import os
@@ -12,18 +11,14 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from dabnn.errors import DabError, InvalidInputError
+from dabnn.errors import InvalidInputError
 from orchestrator import processes
 from orchestrator.home import home, home_folder, write_private
 from orchestrator.processes import OnWait, Server
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
 
 # Not 127.0.0.1, which Ray replaces by the address of a network card; so the cluster survives a change of network.
 _NODE_IP = "127.0.0.2"
@@ -141,35 +136,14 @@ def cluster_status() -> ClusterStatus:
     return ClusterStatus("running" if _is_up(cluster) else "silent", cluster, pids)
 
 
-def client_env(cluster: Cluster) -> dict[str, str]:
-    """Return the environment variables that let a program talk to the cluster; to be set before it imports ray."""
+def client_env(address: str, dashboard_url: str, token_path: Path) -> dict[str, str]:
+    """Return the environment variables that let a program talk to a cluster; to be set before it imports ray."""
     return {
-        "RAY_ADDRESS": cluster.address,
-        "RAY_API_SERVER_ADDRESS": cluster.dashboard_url,
-        **_ray_env(cluster.token_path),
+        "RAY_ADDRESS": address,
+        "RAY_API_SERVER_ADDRESS": dashboard_url,
+        **_ray_env(token_path),
         **processes.without_proxies(os.environ),
     }
-
-
-def job_client(cluster: Cluster) -> "JobSubmissionClient":
-    """Return a client of the Jobs API.
-
-    The token travels as a header of this client: Ray reads its own settings only once, when it is imported.
-
-    Raises:
-        DabError: The Jobs API does not answer.
-    """
-    os.environ.update(processes.without_proxies(os.environ))
-    from ray.job_submission import JobSubmissionClient
-
-    # RAY_ADDRESS and RAY_API_SERVER_ADDRESS of the environment would win over the address that is passed.
-    with _environment(RAY_API_SERVER_ADDRESS=cluster.dashboard_url):
-        try:
-            return JobSubmissionClient(cluster.dashboard_url, headers={"authorization": f"Bearer {_token(cluster)}"})
-        except ConnectionError as error:
-            raise DabError(
-                f"the Ray cluster: its Jobs API at {cluster.dashboard_url} does not answer; see `dab cluster status`."
-            ) from error
 
 
 def _start(
@@ -330,17 +304,3 @@ def session_parent() -> Path:
 
 def _new_session_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="dab-ray-", dir=session_parent()))
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

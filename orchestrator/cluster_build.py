@@ -15,13 +15,14 @@ from dabnn.data.encode import make_encoding
 from dabnn.data.sources import BUILTIN_PREFIX
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import read_json
-from orchestrator.cluster import Cluster, ensure_cluster, job_client
+from orchestrator.cluster import ensure_cluster
 from orchestrator.datasets import BuildOptions, dataset_view
 from orchestrator.home import home_folder
 from orchestrator.job import VARIABLE
+from orchestrator.jobs_api import follow_job, job_client
 from orchestrator.output import View
-from orchestrator.runs import follow_job
-from orchestrator.submit import hand_over
+from orchestrator.send import hand_over
+from orchestrator.target import Target, embedded
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ def build_on_cluster(options: BuildOptions, *, num_processes: int | None, say: C
     job_id = f"dab-data-{uuid.uuid4().hex[:16]}"
     file = home_folder("logs") / f"{job_id}.json"
     request = Request(job_id, str(file), _with_absolute_paths(options))
-    cluster = ensure_cluster(on_wait=say)
+    target = embedded(ensure_cluster(on_wait=say))
     try:
-        _run_job(request, cluster, say)
+        _run_job(request, target, say)
         found = read_json(file)
     finally:
         file.unlink(missing_ok=True)
@@ -99,12 +100,12 @@ def _with_absolute_paths(options: BuildOptions) -> BuildOptions:
     )
 
 
-def _run_job(request: Request, cluster: Cluster, say: Callable[[str], None]) -> None:
-    hand_over(cluster, "jobs.build", job_id=request.job_id, description=request.to_json(), run_id="", kind="data")
+def _run_job(request: Request, target: Target, say: Callable[[str], None]) -> None:
+    hand_over(target, "jobs.build", job_id=request.job_id, description=request.to_json(), run_id="", kind="data")
     try:
-        for text in follow_job(cluster, request.job_id):
+        for text in follow_job(target, request.job_id):
             for line in text.splitlines():
                 say(line)
     except KeyboardInterrupt:
-        job_client(cluster).stop_job(request.job_id)
+        job_client(target).stop_job(request.job_id)
         raise

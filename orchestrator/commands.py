@@ -11,16 +11,20 @@ from typing import Any
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.planner import ONE_SIDED, UNPACKED, Budget
 from dabnn.run_folder import headline
-from orchestrator import deliver, runs
+from orchestrator import cluster_view, deliver, runs
 from orchestrator import sensitivity as sensitivities
-from orchestrator.cluster import Cluster, cluster_down, cluster_status, ensure_cluster
+from orchestrator.cluster import cluster_down, cluster_status, ensure_cluster
 from orchestrator.config import load_config, to_dict
 from orchestrator.demo import DemoResult, run_demo
 from orchestrator.job import Job
+from orchestrator.jobs_api import follow_job
 from orchestrator.output import Table, View, duration_text
+from orchestrator.reach import reach
 from orchestrator.resolve import train_spec
 from orchestrator.runs import RunStatus
-from orchestrator.submit import plan, resolved, submit
+from orchestrator.sent_runs import tracker_at, tracker_of
+from orchestrator.submit import check_size, placed, plan, preview_of, resolved, submit
+from orchestrator.target import Target, resolve_target
 from orchestrator.tracking import RunRecord
 from orchestrator.tracking_server import ensure_tracking, tracking_down, tracking_status
 
@@ -42,16 +46,34 @@ def patiently(say: Say) -> Say:
     return on_wait
 
 
-def tracking_uri(uri: str | None, say: Say) -> str:
-    """Return the address of the tracker: `uri`, or this machine's own server, started if it does not run."""
+def tracking_uri(uri: str | None, say: Say, reference: str = "", address: str | None = None) -> str:
+    """Return the address of the tracker to ask.
+
+    Args:
+        uri: As the user named it; it wins.
+        say: Told what is done.
+        reference: A run; one that was sent elsewhere from here is asked for where it is recorded.
+        address: A cluster, whose tracker is meant.
+
+    Returns:
+        One of these, or else this machine's own server, started if it does not run.
+    """
     say("asking the experiment tracker")
-    return uri or ensure_tracking(on_wait=patiently(say))
+    if uri is None and address is not None:
+        target = resolve_target(address)
+        uri = None if target.is_embedded else tracker_at(target)
+    return uri or tracker_of(reference) or ensure_tracking(on_wait=patiently(say))
 
 
-def dry_run(config: Path | None, overrides: list[str], *, sweep: bool) -> View:
-    """Return what a submission would do; nothing is started or created."""
-    ready = plan(load_config(config, overrides), sweep=sweep, may_start=False)
-    data = asdict(ready) | {"config": to_dict(ready.config)}
+def dry_run(config: Path | None, overrides: list[str], *, sweep: bool, address: str | None = None) -> View:
+    """Return what a submission would do; nothing is started or created, but a cluster that runs is asked."""
+    target = resolve_target(address)
+    reached = reach(target) if target.jobs_url else None
+    ready = plan(placed(load_config(config, overrides), target), sweep=sweep, may_start=False)
+    if reached is not None:
+        check_size(ready.config.cluster, target, reached)
+    job = preview_of(ready, target, reached, sweep=sweep)
+    data = asdict(ready) | {"config": to_dict(ready.config), "job": job}
     lines = {
         "run": ready.config.name,
         "workers": f"{ready.config.cluster.num_workers} ({ready.cpus:g} CPUs)",
@@ -60,6 +82,12 @@ def dry_run(config: Path | None, overrides: list[str], *, sweep: bool) -> View:
         "packed model": f"{ready.packed_bytes:,} bytes",
         "data": f"{ready.config.data.train} (manifest {ready.digest[:12]})",
         "storage": ready.storage,
+        "cluster": f"{job['target']} {job['jobs_url'] or '(not running)'}",
+        "entrypoint": job["entrypoint"],
+        "package": f"{job['package']['digest']}, {job['package']['num_bytes']:,} bytes",
+        "placement": job["placement"],
+        "environment": ", ".join(job["environment"]),
+        "queue": job["queued"] or "its turn at once",
     }
     return data, "\n".join(f"{key}: {value}" for key, value in lines.items())
 
@@ -70,56 +98,61 @@ def show_spec(config: Path, overrides: list[str]) -> View:
     return spec, json.dumps(spec, indent=2)
 
 
-def submit_run(config: Path | None, overrides: list[str], *, sweep: bool, detach: bool, say: Say) -> View:
+def submit_run(
+    config: Path | None, overrides: list[str], *, sweep: bool, detach: bool, say: Say, address: str | None = None
+) -> View:
     """Submit a run or a sweep and follow it to its end unless `detach`.
 
     Interrupted while it follows, it says that the job goes on.
     """
     wanted = load_config(config, overrides)
     say("checking data, model and configuration")
-    job, cluster = submit(wanted, sweep=sweep, on_note=say, on_wait=patiently(say))
+    job, target = submit(wanted, sweep=sweep, address=address, on_note=say, on_wait=patiently(say))
     say(f"submitted {job.name} as run {job.run_id[:_SHORT_ID]}, recorded on {job.tracking_uri}")
-    return _follow_to_end(job, cluster, detach=detach, say=say)
+    return _follow_to_end(job, target, detach=detach, say=say)
 
 
-def resume_run(uri: str | None, reference: str, *, detach: bool, say: Say) -> View:
-    """Resume a stopped or failed run and follow it to its end unless `detach`."""
-    job, cluster = runs.resume(tracking_uri(uri, say), reference, patiently(say))
+def resume_run(uri: str | None, reference: str, *, detach: bool, say: Say, address: str | None = None) -> View:
+    """Resume a stopped or failed run, on the cluster it was on or another, and follow it to its end unless `detach`."""
+    job, target = runs.resume(tracking_uri(uri, say, reference), reference, patiently(say), address=address)
     say(f"resumed {job.name} as attempt {job.attempt}")
-    return _follow_to_end(job, cluster, detach=detach, say=say)
+    return _follow_to_end(job, target, detach=detach, say=say)
 
 
-def list_runs(uri: str | None, *, experiment: str | None, say: Say) -> View:
-    """Return all runs, newest first, trials below their sweep."""
-    address = tracking_uri(uri, say)
-    records = runs.list_runs(address, experiment=experiment)
+def list_runs(uri: str | None, *, experiment: str | None, say: Say, address: str | None = None) -> View:
+    """Return all runs of a tracker, newest first, trials below their sweep."""
+    tracker = tracking_uri(uri, say, address=address)
+    records = runs.list_runs(tracker, experiment=experiment)
     table = Table.of(
         [_run_row(record) for record in _with_trials(records)], ["run", "name", "status", "top-1", "started"]
     )
     data = [asdict(record) for record in records]
-    return {"runs": data, "tracking_uri": address}, str(table) if records else "no runs yet"
+    return {"runs": data, "tracking_uri": tracker}, str(table) if records else "no runs yet"
 
 
-def show_status(uri: str | None, reference: str, say: Say) -> View:
+def show_status(uri: str | None, reference: str, say: Say, address: str | None = None) -> View:
     """Return the status of one run."""
-    return _status_view(runs.status(tracking_uri(uri, say), reference))
+    return _status_view(runs.status(tracking_uri(uri, say, reference, address), reference))
 
 
-def stop_run(uri: str | None, reference: str, *, now: bool, grace_s: float, say: Say) -> View:
+def stop_run(
+    uri: str | None, reference: str, *, now: bool, grace_s: float, say: Say, address: str | None = None
+) -> View:
     """Stop a run, with a checkpoint unless `now`."""
-    address = tracking_uri(uri, say)
-    return _status_view(runs.stop(address, reference, now=now, grace_s=grace_s, on_wait=patiently(say)))
+    tracker = tracking_uri(uri, say, reference, address)
+    return _status_view(runs.stop(tracker, reference, now=now, grace_s=grace_s, on_wait=patiently(say)))
 
 
-def logs(uri: str | None, reference: str, *, follow: bool, say: Say) -> Iterator[str]:
+def logs(uri: str | None, reference: str, *, follow: bool, say: Say, address: str | None = None) -> Iterator[str]:
     """Yield the log of a run as it grows."""
-    return runs.read_logs(tracking_uri(uri, say), reference, follow=follow)
+    tracker = tracking_uri(uri, say, reference, address)
+    return runs.read_logs(tracker, reference, follow=follow, on_note=say)
 
 
 def export(uri: str | None, reference: str, file: Path, *, half: bool, form: str | None, say: Say) -> View:
     """Export a run as a packed file, or in the form that the file's name asks for."""
     say("comparing the packed network with the trained one on the validation images")
-    data = deliver.export_run(tracking_uri(uri, say), reference, file, half=half, form=form)
+    data = deliver.export_run(tracking_uri(uri, say, reference), reference, file, half=half, form=form)
     again = data.get("comparison")
     compared = f"\nthe {again['form']} file: same class on {100 * again['same_argmax']:.2f} %" if again else ""
     kept = "; float16 only after the last sign, more changed too many classes" if data["rounded"] == "head" else ""
@@ -146,7 +179,7 @@ def evaluate(
     """
     file = Path(target)
     if not file.is_file():
-        found = deliver.evaluate_run(tracking_uri(uri, say), target, data, on_batch, ten_crop=ten_crop)
+        found = deliver.evaluate_run(tracking_uri(uri, say, target), target, data, on_batch, ten_crop=ten_crop)
     elif data is not None:
         found = deliver.evaluate_file(file, data, on_batch, ten_crop=bool(ten_crop))
     else:
@@ -184,7 +217,7 @@ def sensitivity(
         InvalidInputError: Two budgets, or one that is no number of operations.
     """
     budget = _budget(budget_ops, budget_bytes)
-    address = tracking_uri(uri, say)
+    address = tracking_uri(uri, say, reference)
     found = sensitivities.measure(address, reference, twin=twin, num_images=num_images, say=say, on_wait=patiently(say))
     plan = sensitivities.proposal(found, budget)
     if file is not None:
@@ -204,7 +237,9 @@ def after_sensitivity(data: dict[str, Any]) -> list[str]:
 def start_browser(port: int | None, say: Say) -> View:
     """Return the address of the experiment browser, started if it does not run."""
     uri = ensure_tracking(port=port, on_wait=patiently(say))
-    return {"tracking_uri": uri}, uri
+    found = tracking_status()
+    guard = "" if found.user is None else f"\nuser: {found.user}, password: that in {found.password_file}"
+    return {"tracking_uri": uri, "user": found.user, "password_file": found.password_file}, uri + guard
 
 
 def bring_cluster_up(num_cpus: int | None, port: int | None, dashboard_port: int | None, say: Say) -> View:
@@ -225,8 +260,11 @@ def bring_cluster_down(say: Say) -> View:
     )
 
 
-def show_cluster() -> View:
-    """Return whether the embedded cluster and the tracking server run."""
+def show_cluster(address: str | None = None) -> View:
+    """Return whether the embedded cluster and the tracking server run, or how a cluster elsewhere is."""
+    target = resolve_target(address)
+    if not target.is_embedded:
+        return cluster_view.status_of(target)
     cluster, tracker = cluster_status(), tracking_status()
     data = {
         "cluster": {"state": cluster.state, "pids": list(cluster.pids)},
@@ -311,9 +349,9 @@ def _left_out_lines(left_out: dict[str, str]) -> list[str]:
     ]
 
 
-def _follow_to_end(job: Job, cluster: Cluster, *, detach: bool, say: Say) -> View:
+def _follow_to_end(job: Job, target: Target, *, detach: bool, say: Say) -> View:
     if not detach:
-        _follow(job, cluster, say)
+        _follow(job, target, say)
     current = runs.status(job.tracking_uri, job.run_id)
     data = {
         "run_id": job.run_id,
@@ -328,10 +366,10 @@ def _follow_to_end(job: Job, cluster: Cluster, *, detach: bool, say: Say) -> Vie
     return data, f"{job.name} ({job.run_id[:_SHORT_ID]}): {_ending(current)}"
 
 
-def _follow(job: Job, cluster: Cluster, say: Say) -> None:
+def _follow(job: Job, target: Target, say: Say) -> None:
     short = job.run_id[:_SHORT_ID]
     try:
-        for text in runs.follow_job(cluster, job.job_id):
+        for text in follow_job(target, job.job_id, say):
             for line in text.splitlines():
                 say(line)
     except KeyboardInterrupt:

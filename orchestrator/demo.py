@@ -13,15 +13,16 @@ from dabnn.checkpoints import BEST_METRIC
 from dabnn.data import build_dataset
 from dabnn.errors import DabError
 from orchestrator import tracking
-from orchestrator.cluster import Cluster
 from orchestrator.config import Config, load_config, with_overrides
 from orchestrator.deliver import evaluate_file, export_run
 from orchestrator.home import home
 from orchestrator.job import Job
+from orchestrator.jobs_api import follow_job
 from orchestrator.provenance import PROGRAM_ROOT
 from orchestrator.resolve import model_table
-from orchestrator.runs import RunStatus, follow_job, status
+from orchestrator.runs import RunStatus, status
 from orchestrator.submit import submit
+from orchestrator.target import Target
 
 EXAMPLE = PROGRAM_ROOT / "examples" / "digits.yaml"
 
@@ -99,8 +100,8 @@ def _sweep_config(config: Config) -> Config:
     )
 
 
-def _finish(job: Job, cluster: Cluster, say: Callable[[str], None]) -> RunStatus:
-    for text in follow_job(cluster, job.job_id):
+def _finish(job: Job, target: Target, say: Callable[[str], None]) -> RunStatus:
+    for text in follow_job(target, job.job_id):
         for line in text.splitlines():
             say(f"    {line}")
     ended = status(job.tracking_uri, job.run_id)

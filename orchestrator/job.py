@@ -39,6 +39,8 @@ class Job:
         experiment: MLflow experiment, where the runs of trials go too.
         attempt: Number of this submission, from 1.
         config: Resolved configuration as plain values.
+        target: Cluster that it was sent to: "embedded", a name of `clusters.toml`, or host:port.
+        jobs_url: URL of that cluster's Jobs API.
     """
 
     kind: str
@@ -49,6 +51,8 @@ class Job:
     experiment: str
     attempt: int
     config: dict[str, Any]
+    target: str = "embedded"
+    jobs_url: str = ""
 
     @property
     def job_id(self) -> str:

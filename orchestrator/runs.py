@@ -13,16 +13,18 @@ from dabnn.checkpoints import list_checkpoints
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import RunFolder
 from orchestrator import tracking
-from orchestrator.cluster import Cluster, find_cluster, job_client
 from orchestrator.found_runs import folder_of as folder_of
 from orchestrator.home import home_folder
 from orchestrator.job import Job, is_job_of
-from orchestrator.submit import ensure_services, submit_job
+from orchestrator.jobs_api import ENDED_JOBS, LIVING_JOBS, follow_job, job_log, job_status, stop_job
+from orchestrator.reach import reach
+from orchestrator.sent_runs import target_of
+from orchestrator.submit import check_size, ensure_services, submit_job
+from orchestrator.target import Target, resolve_target
 from orchestrator.tracking import RunRecord, Status
 
 ENDED = ("finished", "failed", "stopped")
-_ENDED_JOBS = ("SUCCEEDED", "FAILED", "STOPPED")
-_LIVING_JOBS = ("PENDING", "RUNNING")
+UNREACHABLE = "UNREACHABLE"
 _SEND_TIMEOUT_S = 20.0
 
 
@@ -71,16 +73,19 @@ def decide_status(tracked: Status, job: str | None, left: Status | None) -> tupl
 
     Args:
         tracked: What the tracker says.
-        job: What the Jobs API says of the run's job; None when it does not know it.
+        job: What the Jobs API says of the run's job; None when it does not know it, UNREACHABLE when a cluster
+            elsewhere does not answer: the run may well go on.
         left: The status that the training loop left in the run's folder; None when it left none.
     """
     if tracked in ENDED:
         return tracked, ""
-    if left is not None and job not in _LIVING_JOBS:
+    if left is not None and job not in LIVING_JOBS:
         return left, ""
+    if job == UNREACHABLE:
+        return tracked, "its cluster does not answer; this is what was known last"
     if job is None:
         return "failed", "its cluster is gone; `dab resume` continues from the last checkpoint"
-    if job in _ENDED_JOBS:
+    if job in ENDED_JOBS:
         advice = "`dab resume` continues from the last checkpoint"
         return (
             ("stopped", f"its job was stopped; {advice}")
@@ -177,7 +182,9 @@ def stop(
             return status(uri, current.run_id)
     if is_trial:
         raise DabError(f"{current.name}: did not end within {grace_s:.0f} s; `dab stop` of its sweep ends all trials.")
-    _stop_job(record, on_wait)
+    job_id, target = record.tags.get("dab.job_id"), target_of(record)
+    if job_id is not None and target.jobs_url:
+        stop_job(target, job_id, on_wait)
     last = status(uri, current.run_id)
     if last.status == "finished":  # it came to its end in the meantime
         return last
@@ -185,8 +192,16 @@ def stop(
     return status(uri, current.run_id)
 
 
-def resume(uri: str, reference: str, on_wait: Callable[[str], None] | None = None) -> tuple[Job, Cluster]:
+def resume(
+    uri: str, reference: str, on_wait: Callable[[str], None] | None = None, *, address: str | None = None
+) -> tuple[Job, Target]:
     """Submit the next attempt of a run that stopped or failed; it continues from its newest checkpoint.
+
+    Args:
+        uri: Tracking server.
+        reference: The run.
+        on_wait: Told what is being waited for.
+        address: Another cluster than the one it was on, as `orchestrator.target.resolve_target` takes it.
 
     Raises:
         InvalidInputError: The run is still going, has finished, or is a sweep.
@@ -204,26 +219,37 @@ def resume(uri: str, reference: str, on_wait: Callable[[str], None] | None = Non
     folder = RunFolder(Path(current.folder))
     # The tracker may have come back under another address since the last attempt.
     job = replace(Job.load(folder.root).next_attempt(), tracking_uri=uri)
-    cluster, _ = ensure_services(uri, on_wait)
+    wanted = resolve_target(address) if address else target_of(tracking.find_run(uri, current.run_id))
+    target, _ = ensure_services(uri, on_wait, target=wanted)
+    reached = reach(target)
+    check_size(job.parsed_config().cluster, target, reached)
+    job = replace(job, target=target.name, jobs_url=target.jobs_url)
     folder.clear_stop()
     folder.forget_result()
     tracking.set_tags(uri, job.run_id, {"dab.message": "", "dab.job_id": job.job_id})
     tracking.set_status(uri, job.run_id, "queued")
-    submit_job(job, cluster)
-    return job, cluster
+    submit_job(job, target, reached)
+    return job, target
 
 
-def read_logs(uri: str, reference: str, *, follow: bool = False) -> Iterator[str]:
+def read_logs(
+    uri: str, reference: str, *, follow: bool = False, on_note: Callable[[str], None] | None = None
+) -> Iterator[str]:
     """Yield the text of the run's job log, with `follow` until the job has ended.
+
+    Args:
+        uri: Tracking server.
+        reference: The run.
+        follow: Go on until the job has ended.
+        on_note: Told when the connection to the cluster is lost, and when it is back.
 
     Raises:
         DabError: The cluster that ran the job is gone.
     """
     record = tracking.find_run(uri, reference)
-    job_id = record.tags.get("dab.job_id")
-    cluster = find_cluster()
-    if cluster is not None and job_id is not None and job_status(cluster, job_id) is not None:
-        yield from follow_job(cluster, job_id) if follow else [_job_log(cluster, job_id)]
+    job_id, target = record.tags.get("dab.job_id"), target_of(record)
+    if job_id is not None and target.jobs_url and job_status(target, job_id) is not None:
+        yield from follow_job(target, job_id, on_note) if follow else [job_log(target, job_id)]
         return
     kept = home_folder("logs") / "ray-session" / f"job-driver-{job_id}.log"
     if not kept.exists():
@@ -233,58 +259,18 @@ def read_logs(uri: str, reference: str, *, follow: bool = False) -> Iterator[str
     yield kept.read_text(errors="replace")
 
 
-def follow_job(cluster: Cluster, job_id: str) -> Iterator[str]:
-    """Yield the log of a job as it grows, until the job has ended.
-
-    A cluster that is ended kills the job first: if that is seen, the log ends here like any other.
-
-    Raises:
-        DabError: The cluster went away before the job was seen to end.
-    """
-    seen = 0
-    while True:
-        state = job_status(cluster, job_id)
-        if state is None:
-            raise DabError(f"the Ray cluster: it does not know the job {job_id} any more.")
-        has_ended = state in _ENDED_JOBS
-        text = _job_log(cluster, job_id)
-        if len(text) > seen:
-            yield text[seen:]
-            seen = len(text)
-        if has_ended:
-            return
-        time.sleep(1.0)
-
-
-def _job_log(cluster: Cluster, job_id: str) -> str:
-    try:
-        return job_client(cluster).get_job_logs(job_id)
-    except (OSError, RuntimeError) as error:  # requests' errors are OSErrors, refusals of the Jobs API RuntimeErrors
-        raise DabError(f"the Ray cluster: the log of job {job_id} cannot be read any more ({error}).") from error
-
-
 def _job_status(record: RunRecord) -> str | None:
-    job_id = record.tags.get("dab.job_id")
-    cluster = find_cluster()
-    if job_id is None or cluster is None:
+    job_id, target = record.tags.get("dab.job_id"), target_of(record)
+    if job_id is None or not target.jobs_url:
         return None
-    known = job_status(cluster, job_id)
+    try:
+        known = job_status(target, job_id)
+    except DabError:
+        if target.is_embedded:
+            raise
+        return UNREACHABLE
     # A queued run gets its job's name a moment before the cluster gets the job.
     return "PENDING" if known is None and record.status == "queued" else known
-
-
-def job_status(cluster: Cluster, job_id: str) -> str | None:
-    """Return Ray's status of a job, or None when the cluster does not know it.
-
-    Raises:
-        DabError: The cluster went away.
-    """
-    try:
-        return str(job_client(cluster).get_job_status(job_id).value)
-    except RuntimeError:
-        return None  # the client says "does not exist" this way
-    except OSError as error:
-        raise DabError(f"the Ray cluster: its Jobs API does not answer any more ({error}).") from error
 
 
 def _stoppable(current: RunStatus) -> list[RunFolder]:
@@ -302,16 +288,3 @@ def _ends_within(uri: str, run_id: str, grace_s: float, on_wait: Callable[[str],
             on_wait("waiting for the last checkpoint")
         time.sleep(0.5)
     return False
-
-
-def _stop_job(record: RunRecord, on_wait: Callable[[str], None] | None) -> None:
-    """End the run's job and wait until it has ended: a next attempt must not meet it."""
-    cluster = find_cluster()
-    job_id = record.tags.get("dab.job_id")
-    if cluster is None or job_id is None or job_status(cluster, job_id) is None:
-        return
-    job_client(cluster).stop_job(job_id)
-    while job_status(cluster, job_id) in _LIVING_JOBS:  # Ray kills it after STOP_GRACE_S
-        if on_wait is not None:
-            on_wait("waiting for the job to end")
-        time.sleep(0.5)

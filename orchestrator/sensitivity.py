@@ -22,15 +22,18 @@ from dabnn.plans import numbered_convs
 from dabnn.run_folder import read_json
 from dabnn.sensitivity import LayerFigures, Samples, is_binary
 from dabnn.spec import DataSpec
-from orchestrator.cluster import Cluster, job_client
 from orchestrator.config import Config, load_config, to_dict
 from orchestrator.config_rules import STAGE_TEACHER
 from orchestrator.deliver import best_run
 from orchestrator.job import VARIABLE, Job
+from orchestrator.jobs_api import follow_job, job_client
 from orchestrator.plan_file import write_plan
 from orchestrator.resolve import train_spec
-from orchestrator.runs import folder_of, follow_job
-from orchestrator.submit import ensure_services, hand_over
+from orchestrator.runs import folder_of
+from orchestrator.send import hand_over
+from orchestrator.sent_runs import target_of
+from orchestrator.submit import ensure_services
+from orchestrator.target import Target
 from orchestrator.tracking import RunRecord
 
 FILE = "sensitivity.json"
@@ -130,8 +133,8 @@ def measure(
     if found.get("measured") == asdict(request.measured) and "error" not in found:
         say(f"measured before: {Path(request.folder) / FILE}; remove it to measure again")
     else:
-        cluster, _ = ensure_services(uri, on_wait)
-        found = _run_job(request, cluster, say)
+        target, _ = ensure_services(uri, on_wait, target=target_of(record))
+        found = _run_job(request, target, say)
     root = folder_of(record).root
     config = Job.load(root).parsed_config()
     return found | {
@@ -260,9 +263,9 @@ def _shape(net: Network) -> tuple[object, ...]:
     return net.spec.num_classes, net.spec.in_channels, net.spec.input_size, layers
 
 
-def _run_job(request: Request, cluster: Cluster, say: Callable[[str], None]) -> dict[str, Any]:
+def _run_job(request: Request, target: Target, say: Callable[[str], None]) -> dict[str, Any]:
     hand_over(
-        cluster,
+        target,
         "jobs.sensitivity",
         job_id=request.job_id,
         description=request.to_json(),
@@ -270,11 +273,11 @@ def _run_job(request: Request, cluster: Cluster, say: Callable[[str], None]) -> 
         kind="sensitivity",
     )
     try:
-        for text in follow_job(cluster, request.job_id):
+        for text in follow_job(target, request.job_id):
             for line in text.splitlines():
                 say(line)
     except KeyboardInterrupt:
-        job_client(cluster).stop_job(request.job_id)
+        job_client(target).stop_job(request.job_id)
         raise
     found = read_json(Path(request.folder) / FILE)
     if found.get("job_id") != request.job_id:

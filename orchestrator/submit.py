@@ -1,29 +1,30 @@
 """Submit a run or a sweep: check what can be checked here, create the MLflow run, hand the job to the cluster."""
 
-import logging
 import math
-import shlex
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dabnn.errors import DabError, InvalidInputError
-from orchestrator import tracking
-from orchestrator.cluster import Cluster, client_env, ensure_cluster, job_client
-from orchestrator.config import Config, alone, flatten, resolve_paths, to_dict, to_yaml
+from dabnn.errors import InvalidInputError
+from orchestrator import queue, tracking
+from orchestrator.capacity import Needs, shortage
+from orchestrator.config import Config, alone, flatten, resolve_paths, to_dict, to_yaml, with_overrides
+from orchestrator.config_sections import Cluster as ClusterSection
 from orchestrator.found_runs import checkpoint_of
 from orchestrator.home import home_folder
-from orchestrator.job import VARIABLE, Job
-from orchestrator.package import snapshot
+from orchestrator.job import Job
+from orchestrator.probe import check_nodes
 from orchestrator.provenance import provenance
+from orchestrator.queue import Waiting
+from orchestrator.reach import Reached, reach
 from orchestrator.resolve import check_room, manifest_of, model_table, resolve
 from orchestrator.search import check_trials
+from orchestrator.send import Parcel, hand_over, preview, send
+from orchestrator.sent_runs import SentRun, remember
+from orchestrator.target import Target, ensure_target, resolve_target
 from orchestrator.tracking_server import ensure_tracking, tracking_status
-
-STOP_GRACE_S = 60
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def plan(config: Config, *, sweep: bool, may_start: bool = True) -> Plan:
     storage = Path(config.storage) if config.storage else home_folder("storage")
     check_room(config, storage)
     table = model_table(config)
-    cpus = config.cluster.num_workers * config.cluster.cpus_per_worker
+    cpus = Needs.of(config.cluster).total["CPU"]
     num_binary_layers = sum(layer.binary_weights for layer in table.layers)
     digest = manifest_of(config).digest
     return Plan(config, str(storage), table.float_bytes, table.packed_bytes, digest, cpus, num_binary_layers)
@@ -105,14 +106,16 @@ def submit(
     config: Config,
     *,
     sweep: bool = False,
+    address: str | None = None,
     on_note: Callable[[str], None] = lambda _: None,
     on_wait: Callable[[str], None] | None = None,
-) -> tuple[Job, Cluster]:
-    """Submit a run or a sweep to the embedded cluster; cluster and tracker are started if they are not running.
+) -> tuple[Job, Target]:
+    """Submit a run or a sweep; this machine's cluster and tracker are started where they are needed and do not run.
 
     Args:
         config: As the user wrote it.
         sweep: Search over `config.search` instead of training once.
+        address: Cluster, as `orchestrator.target.resolve_target` takes it.
         on_note: Told what the user should know about the run.
         on_wait: Told what is being waited for.
 
@@ -120,34 +123,115 @@ def submit(
         The job and the cluster it went to.
 
     Raises:
-        InvalidInputError: Something in `config` cannot run; nothing was created.
+        InvalidInputError: Something in `config` cannot run, or not on this cluster; nothing was created.
         DabError: Cluster or tracker could not be reached.
     """
-    ready = plan(config, sweep=sweep)
+    target = resolve_target(address)
+    reached = None if target.is_embedded else reach(target)
+    ready = plan(placed(config, target), sweep=sweep)
     if not ready.num_binary_layers and not sweep:
         on_note(
             f"no layer of {ready.config.model.name} has binary weights, so the packed model will not be smaller; set "
             "binarize.bin_start and binarize.bin_end, or take a wbin or fbin variant"
         )
-    cluster, uri = ensure_services(ready.config.tracking.uri, on_wait)
-    wanted = ready.config.cluster
-    if ready.cpus > cluster.num_cpus:
+    target, uri = ensure_services(ready.config.tracking.uri, on_wait, target=target)
+    reached = reached or reach(target)
+    check_size(ready.config.cluster, target, reached)
+    if not target.is_embedded:
+        _check_elsewhere(ready, target, reached, uri, on_note=on_note, on_wait=on_wait)
+    job = _create_run(ready, uri, "sweep" if sweep else "train", target)
+    submit_job(job, target, reached, on_note)
+    return job, target
+
+
+def placed(config: Config, target: Target) -> Config:
+    """Return `config` with the defaults of the cluster that it is sent to: where runs are recorded and stored.
+
+    Raises:
+        InvalidInputError: It is a cluster elsewhere, and neither of both says where.
+    """
+    if target.is_embedded:
+        return config
+    uri, storage = config.tracking.uri or target.tracking_uri, config.storage or target.storage
+    if uri is None:
         raise InvalidInputError(
-            f"cluster.num_workers: {wanted.num_workers} workers x {wanted.cpus_per_worker:g} CPU need {ready.cpus:g} "
-            f"CPUs, the embedded cluster has {cluster.num_cpus}. Ask for fewer workers, or `dab cluster down` and "
-            f"`dab cluster up --num-cpus {math.ceil(ready.cpus)}`."
+            f"tracking.uri: null, the MLflow server of this machine, cannot be reached by {target}. Name one that both "
+            "reach: --set tracking.uri=http://..., or tracking in clusters.toml."
         )
-    job = _create_run(ready, uri, "sweep" if sweep else "train")
-    submit_job(job, cluster)
-    return job, cluster
+    if storage is None:
+        raise InvalidInputError(
+            f"storage: null, a folder of this machine, is not seen by {target}. Name a folder that it and this machine "
+            "share, or a URL: --set storage=..., or storage in clusters.toml."
+        )
+    return with_overrides(config, {"tracking.uri": uri, "storage": storage})
 
 
-def ensure_services(uri: str | None, on_wait: Callable[[str], None] | None = None) -> tuple[Cluster, str]:
-    """Return the embedded cluster and the tracking URI, both answering; started side by side where they do not run.
+def check_size(wanted: ClusterSection, target: Target, reached: Reached) -> None:
+    """Refuse a run that the cluster could not hold even if nothing else ran there.
+
+    Args:
+        wanted: The section `cluster` of its configuration.
+        target: The cluster.
+        reached: What it says of itself.
+
+    Raises:
+        InvalidInputError: Says what is missing.
+    """
+    needs = Needs.of(wanted)
+    needed, num_cpus = needs.total["CPU"], reached.total.get("CPU", 0)
+    if target.is_embedded and needed > num_cpus:
+        raise InvalidInputError(
+            f"cluster.num_workers: {wanted.num_workers} workers x {wanted.cpus_per_worker:g} CPU need {needed:g} "
+            f"CPUs, the embedded cluster has {num_cpus:g}. Ask for fewer workers, or `dab cluster down` and "
+            f"`dab cluster up --num-cpus {math.ceil(needed)}`."
+        )
+    short = shortage(needs, reached.nodes, str(target))
+    if short and (target.is_embedded or not wanted.wait):
+        more = "" if target.is_embedded else ", or --set cluster.wait=true to queue until there are"
+        raise InvalidInputError(f"{short} Ask for fewer workers, add nodes{more}.")
+
+
+def _check_elsewhere(
+    ready: Plan,
+    target: Target,
+    reached: Reached,
+    uri: str,
+    *,
+    on_note: Callable[[str], None],
+    on_wait: Callable[[str], None] | None,
+) -> None:
+    """Refuse what the nodes of a cluster elsewhere do not have or see; say what is unsafe."""
+    if target.token is not None and target.token.is_exposed():
+        on_note(
+            f"{target.token} may be read by other users of this machine, who could run programs as you: chmod 600 it"
+        )
+    if target.is_unencrypted:
+        on_note(
+            f"{target.jobs_url}: the token travels there unencrypted; use https or an SSH tunnel (docs/clusters.md)"
+        )
+    data = ready.config.data
+    check_nodes(
+        target,
+        reached.session,
+        places=[data.train, data.val or data.train],
+        storage=ready.storage,
+        tracking_uri=uri,
+        start=lambda job_id, text: hand_over(
+            target, "jobs.probe", job_id=job_id, description=text, run_id="", kind="probe"
+        ),
+        on_wait=on_wait,
+    )
+
+
+def ensure_services(
+    uri: str | None, on_wait: Callable[[str], None] | None = None, *, target: Target | None = None
+) -> tuple[Target, str]:
+    """Return the cluster and the tracking URI, both answering; this machine's are started side by side where needed.
 
     Args:
         uri: Tracking server of the user's, or None for ours.
         on_wait: Told what is being waited for.
+        target: The cluster; None for the embedded one.
 
     Raises:
         InvalidInputError: `uri` is not the address of a server; nothing was started.
@@ -156,24 +240,37 @@ def ensure_services(uri: str | None, on_wait: Callable[[str], None] | None = Non
     if uri:
         tracking.check_tracking(uri)
     with ThreadPoolExecutor(2) as pool:
-        cluster = pool.submit(ensure_cluster, on_wait=on_wait)
+        cluster = pool.submit(ensure_target, target or resolve_target(None), on_wait)
         own = None if uri else pool.submit(ensure_tracking, on_wait=on_wait)
         return cluster.result(), str(uri) if own is None else own.result()
 
 
-def submit_job(job: Job, cluster: Cluster) -> None:
-    """Hand `job` to the Jobs API of `cluster`. The entrypoint holds nothing that a user chose: it is a shell line.
+def submit_job(
+    job: Job, target: Target, reached: Reached | None = None, on_note: Callable[[str], None] = lambda _: None
+) -> None:
+    """Hand `job` to the Jobs API of a cluster, where it starts or waits for its turn.
+
+    Args:
+        job: The run.
+        target: The cluster.
+        reached: What it says of itself, if that was asked for already.
+        on_note: Told when the run has to wait.
 
     Raises:
         DabError: The cluster or the tracker did not take it; the run is marked as failed.
     """
     uri, run_id = job.tracking_uri, job.run_id
     try:
+        parcel, reason = parcel_of(job, target, reached or reach(target))
+        if reason:
+            on_note(f"queued on {target}: {reason}")
         job.save()
         # First the tag, then the job: whoever asks for the status in between finds a job that is not known yet.
-        tracking.set_tags(uri, run_id, {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt)})
-        program = "jobs.sweep" if job.kind == "sweep" else "jobs.train"
-        hand_over(cluster, program, job_id=job.job_id, description=job.to_json(), run_id=run_id, kind=job.kind)
+        where = {"dab.target": target.name, "dab.jobs_url": "" if target.is_embedded else target.jobs_url}
+        tracking.set_tags(uri, run_id, {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt), **where})
+        send(target, parcel)
+        if not target.is_embedded:
+            remember(SentRun(run_id, job.name, uri, target.name, target.jobs_url))
     except BaseException as error:  # an interruption, too: a run without a job would stay queued for ever
         reason = str(error) or type(error).__name__
         tracking.set_tags(uri, run_id, {"dab.message": f"the job could not be submitted: {reason}"})
@@ -181,45 +278,52 @@ def submit_job(job: Job, cluster: Cluster) -> None:
         raise
 
 
-def hand_over(cluster: Cluster, program: str, *, job_id: str, description: str, run_id: str, kind: str) -> None:
-    """Start a program of ours as a Ray job.
+def parcel_of(job: Job, target: Target, reached: Reached | None) -> tuple[Parcel, str]:
+    """Return what is handed over for a run, and why it has to wait for its turn, or an empty text.
 
     Args:
-        cluster: Where.
-        program: Module that the job runs.
-        job_id: Name of the job, never used before.
-        description: What the program reads from the variable `DAB_JOB`; without a dollar sign, which Ray replaces.
-        run_id: MLflow run that it is about.
-        kind: Shown with the job.
-
-    Raises:
-        DabError: The cluster did not take it.
+        job: The run.
+        target: The cluster.
+        reached: What it says of itself; None where it is not asked, as for one that does not run.
     """
-    variables = client_env(cluster) | {
-        VARIABLE: description,
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "RAY_AIR_NEW_OUTPUT": "0",  # the other form prints its tables whatever the verbosity
-        "RAY_COLOR_PREFIX": "0",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S),
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    }
-    client = job_client(cluster)
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        client.submit_job(
-            entrypoint=f"exec {shlex.quote(sys.executable)} -m {program}",
-            submission_id=job_id,
-            runtime_env={"working_dir": str(snapshot()), "env_vars": variables},
-            metadata={"dab_run_id": run_id, "kind": kind},
-        )
-    except (OSError, RuntimeError) as error:  # requests' errors are OSErrors, refusals of the Jobs API RuntimeErrors
-        raise DabError(f"the Ray cluster: it did not take the job ({error}).") from error
+    section = job.parsed_config().cluster
+    needs = Needs.of(section)
+    carried = queue.metadata(job.name, section.priority, needs.total, target.max_running)
+    program = "jobs.sweep" if job.kind == "sweep" else "jobs.train"
+    parcel = Parcel(program, job.job_id, job.to_json(), job.run_id, job.kind, carried)
+    if reached is None:
+        return parcel, ""
+    short = shortage(needs, reached.nodes, str(target)) if section.wait else None
+    reason = short or queue.turn_at_submission(target, reached, carried).reason
+    waiting = Waiting(job.job_id, needs, may_outgrow=section.wait) if reason else None
+    return replace(parcel, waiting=waiting), reason
 
 
-def _create_run(ready: Plan, uri: str, kind: str) -> Job:
+def preview_of(ready: Plan, target: Target, reached: Reached | None, *, sweep: bool) -> dict[str, Any]:
+    """Return the job that a submission would hand over, and why it would have to wait, for `dab submit --dry-run`."""
+    job = _job("sweep" if sweep else "train", "0" * 32, ready, ready.config.tracking.uri or "", target)
+    parcel, reason = parcel_of(job, target, reached)
+    return preview(target, parcel, Needs.of(ready.config.cluster)) | {"queued": reason}
+
+
+def _job(kind: str, run_id: str, ready: Plan, uri: str, target: Target) -> Job:
+    config = ready.config
+    folder = str(Path(ready.storage) / run_id)
+    return Job(
+        kind,
+        run_id,
+        config.name,
+        folder,
+        uri,
+        config.tracking.experiment,
+        1,
+        to_dict(config),
+        target.name,
+        target.jobs_url,
+    )
+
+
+def _create_run(ready: Plan, uri: str, kind: str, target: Target) -> Job:
     config = ready.config
     shown = config if kind == "sweep" else config.model_copy(update={"search": None})
     tags = provenance() | {
@@ -228,12 +332,10 @@ def _create_run(ready: Plan, uri: str, kind: str) -> Job:
         "dab.packed_bytes": str(ready.packed_bytes),
     }
     run_id = tracking.create_run(uri, config.tracking.experiment, config.name, params=flatten(shown), tags=tags)
-    folder = str(Path(ready.storage) / run_id)
-    tracking.set_tags(uri, run_id, {"dab.folder": folder})
+    job = _job(kind, run_id, ready, uri, target)
+    tracking.set_tags(uri, run_id, {"dab.folder": job.folder})
     tracking.log_json(uri, run_id, "config.json", to_dict(config))
     tracking.log_dataset(uri, run_id, digest=ready.digest, path=config.data.train, context="train")
-    values: dict[str, Any] = to_dict(config)
-    job = Job(kind, run_id, config.name, folder, uri, config.tracking.experiment, 1, values)
     job.save()
-    (Path(folder) / "config.yaml").write_text(to_yaml(config if kind == "sweep" else alone(config)))
+    (Path(job.folder) / "config.yaml").write_text(to_yaml(config if kind == "sweep" else alone(config)))
     return job

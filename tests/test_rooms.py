@@ -29,7 +29,19 @@ ROOMS = {
     ),
     "orchestrator": Room(
         frozenset(
-            {"dabnn", "ray", "mlflow", "optuna", "pydantic", "pydantic_core", "yaml", "rich", "psutil", "requests"}
+            {
+                "dabnn",
+                "ray",
+                "mlflow",
+                "optuna",
+                "pydantic",
+                "pydantic_core",
+                "yaml",
+                "rich",
+                "psutil",
+                "requests",
+                "aiohttp",
+            }
         )
     ),
     "jobs": Room(frozenset({"orchestrator", "dabnn", "ray", "mlflow", "torch"})),

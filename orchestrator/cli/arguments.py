@@ -15,6 +15,12 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="Run id, the beginning o
 TrackingUri = Annotated[
     str | None, typer.Option("--tracking-uri", metavar="URL", help="MLflow server; default this machine's own.")
 ]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL|NAME", help="Cluster: URL of its Jobs API, or a name of clusters.toml; default this machine's own."
+    ),
+]
 Detach = Annotated[bool, typer.Option("--detach", help="Return at once instead of following the log.")]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.arguments import Detach, Json, Run, Set, TrackingUri
+from orchestrator.cli.arguments import Address, Detach, Json, Run, Set, TrackingUri
 from orchestrator.output import Output
 
 app = typer.Typer()
@@ -16,18 +16,19 @@ def submit(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML configuration.")] = None,
     overrides: Set = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Search over the section `search` instead.")] = False,
+    address: Address = None,
     detach: Detach = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and start nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train on the cluster; started on this machine if it does not run. Follows the run to its end."""
+    """Train on a cluster: this machine's, started if it does not run, or another. Follows the run to its end."""
     from orchestrator import commands
 
     out = Output(is_json=as_json)
     if dry_run:
-        out.result(*commands.dry_run(config, overrides or [], sweep=sweep))
+        out.result(*commands.dry_run(config, overrides or [], sweep=sweep, address=address))
         return
-    data, text = commands.submit_run(config, overrides or [], sweep=sweep, detach=detach, say=out.note)
+    data, text = commands.submit_run(config, overrides or [], sweep=sweep, detach=detach, say=out.note, address=address)
     out.result(data, text)
     out.hint(
         "dab",
@@ -43,23 +44,24 @@ def submit(
 def runs(
     experiment: Annotated[str | None, typer.Option(help="Only runs of this experiment.")] = None,
     uri: TrackingUri = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """List the runs, newest first, trials below their sweep."""
     from orchestrator import commands
 
     out = Output(is_json=as_json)
-    out.result(*commands.list_runs(uri, experiment=experiment, say=out.note))
+    out.result(*commands.list_runs(uri, experiment=experiment, say=out.note, address=address))
     out.hint("dab", "status", "RUN")
 
 
 @app.command("status", epilog="Example: dab status digits-bincifarfbin")
-def status(run: Run, uri: TrackingUri = None, as_json: Json = False) -> None:
+def status(run: Run, uri: TrackingUri = None, address: Address = None, as_json: Json = False) -> None:
     """Show where a run stands."""
     from orchestrator import commands
 
     out = Output(is_json=as_json)
-    out.result(*commands.show_status(uri, run, out.note))
+    out.result(*commands.show_status(uri, run, out.note, address))
 
 
 @app.command("logs", epilog="Example: dab logs 3f2a --follow")
@@ -67,13 +69,14 @@ def logs(
     run: Run,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the run has ended.")] = False,
     uri: TrackingUri = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Print the log of a run."""
     from orchestrator import commands
 
     out = Output(is_json=as_json)
-    out.stream(commands.logs(uri, run, follow=follow, say=out.note))
+    out.stream(commands.logs(uri, run, follow=follow, say=out.note, address=address))
 
 
 @app.command("stop", epilog="Example: dab stop 3f2a")
@@ -82,22 +85,25 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="Without a last checkpoint.")] = False,
     grace_s: Annotated[float, typer.Option(help="Seconds to wait for the last checkpoint.")] = 60.0,
     uri: TrackingUri = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Stop a run after a checkpoint."""
     from orchestrator import commands
 
     out = Output(is_json=as_json)
-    data, text = commands.stop_run(uri, run, now=now, grace_s=grace_s, say=out.note)
+    data, text = commands.stop_run(uri, run, now=now, grace_s=grace_s, say=out.note, address=address)
     out.result(data, text)
     out.hint("dab", *(["export", run, "-o", "model.safetensors"] if data["kind"] == "sweep" else ["resume", run]))
 
 
 @app.command("resume", epilog="Example: dab resume 3f2a")
-def resume(run: Run, detach: Detach = False, uri: TrackingUri = None, as_json: Json = False) -> None:
-    """Continue a stopped or failed run from its newest checkpoint."""
+def resume(
+    run: Run, detach: Detach = False, uri: TrackingUri = None, address: Address = None, as_json: Json = False
+) -> None:
+    """Continue a stopped or failed run from its newest checkpoint, on the cluster it was on unless another is named."""
     from orchestrator import commands
 
     out = Output(is_json=as_json)
-    out.result(*commands.resume_run(uri, run, detach=detach, say=out.note))
+    out.result(*commands.resume_run(uri, run, detach=detach, say=out.note, address=address))
     out.hint("dab", *(["logs", run, "--follow"] if detach else ["status", run]))

@@ -18,6 +18,8 @@ from dabnn.errors import DabError, InvalidInputError
 from orchestrator import cluster as clusters
 from orchestrator.cluster import Cluster
 from orchestrator.home import home
+from orchestrator.jobs_api import job_client, job_status
+from orchestrator.target import embedded
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -118,7 +120,7 @@ def test_down_ends_jobs_and_what_they_started_and_keeps_the_logs(
 ) -> None:
     (own_home / "job.py").write_text(JOB)
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
-    client = clusters.job_client(cluster)
+    client = job_client(embedded(cluster))
     assert os.environ["RAY_ADDRESS"] == "192.0.2.1:6379"
     assert "RAY_API_SERVER_ADDRESS" not in os.environ
     job = client.submit_job(entrypoint=f"exec python {own_home / 'job.py'}")
@@ -134,7 +136,7 @@ def test_down_ends_jobs_and_what_they_started_and_keeps_the_logs(
     assert not cluster.session_folder.exists()
     assert f"child {child}" in (own_home / "logs" / "ray-session" / f"job-driver-{job}.log").read_text()
     with pytest.raises(DabError, match=r"^the Ray cluster: its Jobs API at .* does not answer"):
-        clusters.job_client(cluster)
+        job_status(embedded(cluster), job)
     assert not clusters.cluster_down()
 
 
