@@ -53,7 +53,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def following(job: Job) -> Iterator[MetricFollower]:
-    """Within the block the run is marked as running and its metrics go to MLflow; unsent ones are counted at the end."""
+    """Within the block the run counts as running and its metrics go to MLflow; unsent ones are counted at its end."""
     follower = MetricFollower(job.tracking_uri)
     record_start(job, follower)
     follower.follow(job.run_folder.metrics_file, job.run_id)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dabnn.errors import InvalidInputError
-from orchestrator.metric_follower import MetricFollower
+from orchestrator.metric_follower import MetricFollower, has_unsent
 from orchestrator.mlflow_client import check_tracking, connected
 from orchestrator.tracking_server import TrackingStatus, ensure_tracking, tracking_down, tracking_status
 
@@ -31,6 +31,7 @@ __all__ = [
     "ensure_tracking",
     "find_run",
     "find_runs",
+    "has_unsent",
     "log_dataset",
     "log_file",
     "log_json",

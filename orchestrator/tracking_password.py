@@ -24,8 +24,9 @@ def server_environment(folder: Path) -> dict[str, str]:
     file = folder / PASSWORD_FILE
     if not file.exists():
         write_private(file, secrets.token_urlsafe(24))
-    settings = folder / "tracking_auth.ini"
-    write_private(settings, _ini(folder / "tracking_users.db", file.read_text(encoding="ascii").strip()))
+    settings, users = folder / "tracking_auth.ini", folder / "tracking_users.db"
+    users.touch(mode=0o600)
+    write_private(settings, _ini(users, file.read_text(encoding="ascii").strip()))
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(settings),
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),

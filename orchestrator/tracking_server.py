@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from dabnn.errors import InvalidInputError
+from dabnn.errors import DabError, InvalidInputError
 from orchestrator import processes
 from orchestrator.home import home, home_folder, home_path
 from orchestrator.processes import OnWait, Server
@@ -75,7 +75,12 @@ def ensure_tracking(*, port: int | None = None, on_wait: OnWait | None = None) -
                 f"tracking port: {port} was asked for, but the server already runs on {server.details['port']}; leave "
                 "the option out, or end it first with `dab cluster down`."
             )
-        processes.wait_until_ready(server, lambda: _is_up(server), on_wait=on_wait)
+        try:
+            processes.wait_until_ready(server, lambda: _is_up(server), on_wait=on_wait)
+        except DabError:
+            if processes.is_alive(server):
+                raise
+            return _start(folder, record, server, port=port, on_wait=on_wait)  # it was dying as we looked
         return _uri(server)
 
 

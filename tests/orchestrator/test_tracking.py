@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from gate import gate
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
@@ -297,6 +298,83 @@ def test_metrics_written_while_the_server_is_dead_arrive_when_it_is_back(
     assert follower.close(timeout_s=40) == 0
     assert history(uri, run_id, "loss") == [(0, 1.0), (1, 0.5), (2, 0.25)]
     assert sum("is away" in message for message in caplog.messages) == 1
+
+
+def test_a_batch_whose_answer_was_lost_is_not_doubled_even_by_another_follower(
+    uri: str, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    path = tmp_path / "metrics.jsonl"
+    append(path, "".join(report(step, loss=1 / (step + 3), top1=math.nan) for step in range(40)))
+    with gate(uri) as door:
+        door.num_to_lose = 1
+        first = tracking.MetricFollower(door.uri, poll_s=0.05)
+        first.follow(path, run_id)
+        wait_until(lambda: door.num_lost == 1)
+        door.is_open = False  # the server has the batch, and the follower dies without knowing
+        assert first.close(timeout_s=0.5) == 40
+    append(path, "".join(report(step, loss=9.0) for step in range(30, 45)))  # the run was restarted meanwhile
+    second = tracking.MetricFollower(uri)
+    second.follow(path, run_id)
+    assert second.close(timeout_s=30) == 0
+    expected = [(step, 1 / (step + 3)) for step in range(40)] + [(step, 9.0) for step in range(40, 45)]
+    assert history(uri, run_id, "loss") == expected
+    assert [step for step, _ in history(uri, run_id, "top1")] == list(range(40))
+
+
+def test_two_followers_of_one_file_send_each_point_once(uri: str, run_id: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, "".join(report(step, loss=float(step)) for step in range(300)))
+    append(path, "".join(report(step, loss=float(step)) for step in range(250, 600)))
+    both = [tracking.MetricFollower(uri) for _ in range(2)]
+    for follower in both:
+        follower.follow(path, run_id)
+    assert [follower.close(timeout_s=30) for follower in both] == [0, 0]
+    assert [step for step, _ in history(uri, run_id, "loss")] == list(range(600))
+
+
+def test_a_file_that_was_put_back_to_an_earlier_state_is_read_from_its_beginning(
+    uri: str, run_id: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    kept = report(0, loss=1.0)
+    append(path, kept + report(1, loss=0.5) + report(2, loss=0.25))
+    first = tracking.MetricFollower(uri)
+    first.follow(path, run_id)
+    assert first.close(timeout_s=30) == 0
+    path.write_text(kept + "".join(report(step, loss=8.0, more=1.0) for step in range(1, 5)))  # longer than before
+    second = tracking.MetricFollower(uri)
+    second.follow(path, run_id)
+    assert second.close(timeout_s=30) == 0
+    assert history(uri, run_id, "loss") == [(0, 1.0), (1, 0.5), (2, 0.25), (3, 8.0), (4, 8.0)]
+    assert history(uri, run_id, "more") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0)]
+
+
+def test_a_run_that_starts_while_the_server_is_away_is_marked_as_running_when_it_is_back(
+    uri: str, run_id: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with gate(uri) as door:
+        door.is_open = False
+        follower = tracking.MetricFollower(door.uri, poll_s=0.05)
+        follower.owe(lambda: tracking.set_tags(door.uri, "0" * 32, {"a": "refused, which holds up nothing"}))
+        follower.owe(lambda: tracking.set_status(door.uri, run_id, "running"))
+        follower.follow(path, run_id)
+        append(path, report(0, loss=1.0))
+        time.sleep(0.5)
+        assert tracking.find_run(uri, run_id).status == "queued"
+        door.is_open = True
+        wait_until(lambda: tracking.find_run(uri, run_id).status == "running")
+        assert tracking.has_unsent(path, run_id) or history(uri, run_id, "loss")
+        assert follower.close(timeout_s=30) == 0
+    assert history(uri, run_id, "loss") == [(0, 1.0)]
+    assert not tracking.has_unsent(path, run_id)
+
+
+def test_an_address_with_a_password_is_refused_and_not_repeated() -> None:
+    with pytest.raises(InvalidInputError, match=r"^tracking.uri: http://127.0.0.1:9 holds a user or password") as error:
+        tracking.check_tracking("http://me:hunter2@127.0.0.1:9")
+    assert "hunter2" not in str(error.value)
 
 
 def test_a_database_that_cannot_be_opened_is_told_and_leaves_no_process(
