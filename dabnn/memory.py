@@ -1,10 +1,11 @@
 """Too little memory for a step: recognised, and told with the batch size to try.
 
-Leaves out the kernel's own measure, which ends a process without a word: see `jobs.group`.
+The kernel's own measure ends a process without a word; only its count of them tells.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from dabnn.errors import DabError
 
@@ -47,6 +48,15 @@ def advice(batch_size: int, num_workers: int) -> str:
         return "Use more workers (cluster.num_workers), a smaller model.width or model.input_size, or another machine."
     over = f"now {batch_size} over {num_workers} worker{'s' if num_workers > 1 else ''}"
     return f"Try data.batch_size={smaller} ({over}), or more workers on more machines."
+
+
+def kernel_kills() -> int:
+    """Return how many processes the kernel of this machine has ended for want of memory since it was started."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 @contextmanager

@@ -371,7 +371,7 @@ class _Loop:
     def _save_if_due(self) -> None:
         every = self.spec.checkpoint.every_steps
         is_last = self.position.step_in_epoch == self.train_stream.num_steps
-        is_due = bool(every) and self.position.step % every == 0 and not is_last
+        is_due = every is not None and self.position.step % every == 0 and not is_last
         if is_due or self._is_save_wished:
             self._save({})
 

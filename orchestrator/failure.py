@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
+HUNG = 75  # exit code of a driver that trained itself and hung
 _LONGEST_WAIT_S = 30.0
 
 
@@ -24,6 +25,7 @@ class Kind(StrEnum):
     OUT_OF_MEMORY = "out of memory"
     GPU_OUT_OF_MEMORY = "GPU out of memory"
     CONNECTION_LOST = "connection lost"
+    NOT_STARTED = "not started"
     PREEMPTED = "preempted"
     ERROR = "error"
 

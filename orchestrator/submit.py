@@ -289,7 +289,7 @@ def parcel_of(job: Job, target: Target, reached: Reached | None) -> tuple[Parcel
     section = job.parsed_config().cluster
     needs = Needs.of(section)
     carried = queue.metadata(job.name, section.priority, needs.total, target.max_running)
-    program = "jobs.sweep" if job.kind == "sweep" else "jobs.train"
+    program = "jobs.sweep" if job.kind == "sweep" else "jobs.supervise"
     parcel = Parcel(program, job.job_id, job.to_json(), job.run_id, job.kind, carried)
     if reached is None:
         return parcel, ""
