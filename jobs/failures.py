@@ -22,7 +22,8 @@ from dabnn.errors import DabError
 from dabnn.memory import MemoryLimitError, advice, kernel_kills
 from dabnn.observer import LeavingError
 from dabnn.run_folder import RunFolder
-from jobs.watch import HangError, SilentError
+from dabnn.watch import HangError
+from jobs.watch import SilentError
 from orchestrator.config import Config
 from orchestrator.failure import Decision, Failure, Kind, Limits, decide
 from orchestrator.story import note, recorded

@@ -18,9 +18,10 @@ from typing import Any
 from dabnn.errors import DabError
 from dabnn.memory import advice, kernel_kills
 from dabnn.run_folder import RunFolder
+from dabnn.watch import STACKS
 from orchestrator.failure import HUNG, Action, Decision, Failure, Kind, Limits, decide
 from orchestrator.job import VARIABLE
-from orchestrator.story import STACKS, message, note, recorded
+from orchestrator.story import message, note, recorded
 
 _PROGRAM = "jobs.train"
 _PR_SET_PDEATHSIG = 1

@@ -1,18 +1,8 @@
-"""What a worker notices about itself: that it hangs, that its machine is wanted back, that it is told to end.
+"""What only Ray knows of a worker: that its node will be taken away, that it does not answer, that it is told to end.
 
-The loop runs in a thread of its own, so that this one can look at it. When no step was taken for `cluster.hang_s`
-seconds the stacks of all threads are left with the run, and the attempt fails. SIGTERM and Ray's notice that a node
-will be drained make the loop take a checkpoint: see `dabnn.observer.Watch`. Both are looked at once a step at the cost
-of reading a variable. What is done about a failure is decided elsewhere: see `jobs.failures`.
+The watch itself, which a worker has in any case, is `dabnn.watch`.
 """
 
-import faulthandler
-import signal
-import tempfile
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,53 +10,17 @@ from ray.exceptions import RayActorError
 from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
-from dabnn.data.remote import is_url
 from dabnn.errors import DabError
-from dabnn.observer import Wish
-from dabnn.run_folder import RunFolder
-from dabnn.spec import TrainSpec
-from orchestrator.story import STACKS
+from dabnn.watch import HangError as HangError
+from dabnn.watch import Notice, heed_sigterm
+from dabnn.watch import WorkerWatch as WorkerWatch
+from dabnn.watch import watched as watched
 
-_POLL_S = 0.5
-_START_S = 300.0  # how long an attempt may take to its first step, when hang_s is less
-_OTHERS_S = 3.0  # between saving the own stacks and failing, so that the other ranks save theirs
-_MARGIN_S = 10.0  # before a node is taken away; a checkpoint and the end of a step fit in
 _ANSWER_S = 2.0
-_TERM_GRACE_S = 30.0
-
-_told_to_end = threading.Event()
-
-
-def hang_limit_s(hang_s: float, spec: TrainSpec) -> float:
-    """Return how long the loop may take no step: data behind a URL may be waited for besides."""
-    waits = any(is_url(place) for place in (spec.data.train, spec.data.val))
-    return hang_s + (spec.data.retry_s if waits else 0.0)
-
-
-class HangError(DabError):
-    """No step was taken for `cluster.hang_s` seconds."""
 
 
 class SilentError(DabError):
     """A worker does not answer while another one failed."""
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A machine of the run will be taken away.
-
-    Attributes:
-        nodes: Ids of the nodes.
-        deadline: When, in seconds since 1970; None where that is not known.
-    """
-
-    nodes: tuple[str, ...]
-    deadline: float | None
-
-
-def no_notice() -> Notice | None:
-    """Return that nothing is known, for a loop that is no worker of Ray Train."""
-    return None
 
 
 def notice_of_ray() -> Notice | None:
@@ -76,129 +30,6 @@ def notice_of_ray() -> Notice | None:
         return None
     deadline = None if info.deadline_ms is None else info.deadline_ms / 1000
     return Notice(tuple(sorted(info.preempted_node_to_ranks)), deadline)
-
-
-class WorkerWatch:
-    """Watches the loop of one rank; a `dabnn.observer.Watch`.
-
-    Args:
-        folder: The run's folder.
-        rank: Of this worker.
-        node: Address of its machine.
-        hang_s: Seconds without a step after which it counts as hanging.
-        notice: Says whether a machine of the run will be taken away.
-    """
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        rank: int,
-        node: str,
-        *,
-        hang_s: float,
-        notice: Callable[[], Notice | None] = no_notice,
-    ) -> None:
-        self._folder, self._rank, self._node, self._hang_s, self._notice = folder, rank, node, hang_s, notice
-        self._is_first = True
-        self._step, self._heard, self._looked = 0, time.monotonic(), time.monotonic()
-        self._known: Notice | None = None
-        self._is_leaving = False
-        self._term_at: float | None = None
-
-    def alive(self, step: int) -> None:
-        """Take a sign of life of the loop."""
-        self._step, self._heard, self._is_first = step, time.monotonic(), False
-
-    def wish(self) -> Wish:
-        """Return what the loop shall do now."""
-        if _told_to_end.is_set():
-            if not self._is_leaving:
-                self._is_leaving = True
-                self._note("notice", f"rank {self._rank} was told to end (SIGTERM)", "checkpoint")
-            return Wish.LEAVE
-        notice = self._notice()
-        if notice is None:
-            return Wish.GO_ON
-        left_s = 0.0 if notice.deadline is None else notice.deadline - time.time()
-        if notice != self._known:
-            self._known = notice
-            if self._rank == 0:
-                when = "soon" if notice.deadline is None else f"in {left_s:.0f} s"
-                nodes = ", ".join(node[:8] for node in notice.nodes)
-                self._note("notice", f"Ray takes node {nodes} away {when}", "checkpoint")
-            return Wish.SAVE if left_s > 2 * _MARGIN_S else Wish.LEAVE
-        return Wish.LEAVE if left_s < _MARGIN_S else Wish.GO_ON
-
-    def check(self) -> None:
-        """Look at the loop, from another thread.
-
-        Raises:
-            HangError: It hangs, or does not end although it was told to.
-        """
-        now = time.monotonic()
-        gap, self._looked = now - self._looked, now
-        if gap > 10 * _POLL_S:  # the whole process stood still, not the loop
-            self._heard += gap
-        limit = max(self._hang_s, _START_S) if self._is_first else self._hang_s
-        silent_s = now - self._heard
-        if silent_s > limit:
-            place = self.save_stacks()
-            time.sleep(_OTHERS_S)
-            where = "before its first step" if self._is_first else f"after step {self._step}"
-            raise HangError(
-                f"cluster.hang_s: rank {self._rank} on {self._node} took no step for {silent_s:.0f} s {where}, more "
-                f"than {limit:.0f} s. What it was doing is in {place}."
-            )
-        if _told_to_end.is_set():
-            self._term_at = self._term_at or now
-        if self._term_at is not None and now - self._term_at > _TERM_GRACE_S:
-            raise HangError(f"rank {self._rank} was told to end and reached no checkpoint in {_TERM_GRACE_S:.0f} s")
-
-    def save_stacks(self) -> str:
-        """Leave the stacks of all threads of this process with the run; return where."""
-        name = f"{STACKS}/attempt-{len(self._folder.attempts())}-rank-{self._rank}.txt"
-        with tempfile.TemporaryFile("w+") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.seek(0)
-            self._folder.leave(name, file.read())
-        return self._folder.place_of(name)
-
-    def _note(self, what: str, why: str, action: str) -> None:
-        event = {"what": what, "why": why, "action": action, "step": self._step, "rank": self._rank}
-        try:
-            self._folder.append_event(event | {"attempt": len(self._folder.attempts()), "node": self._node})
-        except (OSError, DabError) as error:  # what cannot be noted is done all the same
-            print(f"events.jsonl: {error}")  # noqa: T201 - the worker's log
-
-
-def watched(loop: Callable[[], None], watch: WorkerWatch) -> None:
-    """Run `loop` in a thread of its own to its end, and look at it twice a second.
-
-    Raises:
-        HangError: It hangs; the thread is left behind, to be ended with its process.
-        BaseException: What `loop` raised.
-    """
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            loop()
-        except BaseException as error:  # noqa: BLE001 - carried to the thread that waits, which raises it
-            errors.append(error)
-
-    thread = threading.Thread(target=target, name="training", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_S)
-        if thread.is_alive():
-            watch.check()
-    for error in errors:
-        raise error
-
-
-def heed_sigterm() -> None:
-    """Have SIGTERM ask the loop of this process for a checkpoint and its end; to be called in the main thread."""
-    signal.signal(signal.SIGTERM, lambda *_: _told_to_end.set())
 
 
 class HeedSigterm(WorkerCallback):

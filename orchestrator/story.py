@@ -11,7 +11,6 @@ from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
 from orchestrator.failure import Action, Decision, Failure, Kind
 
-STACKS = "stacks"  # folder of a run where hanging workers leave what they were doing
 _NEXT = {
     Action.RETRY: "it goes on from the last checkpoint",
     Action.RESIZE: "it goes on from the last checkpoint",
@@ -56,7 +55,7 @@ def note(folder: RunFolder, failure: Failure, decision: Decision, tell: Callable
 
 def message(failure: Failure, decision: Decision) -> str:
     """Return the message of a run that is not tried again: what happened, and why that was the last time."""
-    return f"{failure.why.rstrip('.')}. {decision.reason[:1].upper()}{decision.reason[1:].rstrip('.')}."
+    return f"{failure.why.rstrip('.')}; {decision.reason.rstrip('.')}."
 
 
 def sentence(event: Mapping[str, Any]) -> str:
@@ -79,11 +78,15 @@ def story(folder: RunFolder) -> list[str]:
     if not events and len(attempts) < 2:
         return []
     told = [(float(event.get("time", 0)), sentence(event)) for event in events]
-    told += [(float(attempt["time"]), _began(attempt)) for attempt in attempts]
+    for attempt in attempts:
+        began_at = float(attempt["time"])
+        reached = [int(event.get("step", 0)) for event in events if float(event.get("time", 0)) < began_at]
+        told.append((began_at, _began(attempt, max(reached, default=0))))
     return [f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at))} {text}" for at, text in sorted(told)]
 
 
-def _began(attempt: Mapping[str, Any]) -> str:
+def _began(attempt: Mapping[str, Any], reached: int) -> str:
     number, step, size = attempt["attempt"], attempt["start_step"], attempt["world_size"]
     workers = f"{size} worker{'s' if size > 1 else ''}"
-    return f"attempt {number} began at step {step} with {workers}"
+    again = f"; about {reached - step} steps are done again" if reached > step else ""
+    return f"attempt {number} began at step {step} with {workers}{again}"
