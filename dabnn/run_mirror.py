@@ -37,8 +37,6 @@ _LARGEST_PROBE_BYTES = 256 << 20
 _TELL_EVERY_S = 30.0
 _LOCK_LIMIT_S = 30.0
 _HASTY_S = 15.0
-# What the loop goes on with; the rest is written anew, or by others.
-_CONTINUED = ("metrics.jsonl", "attempts.jsonl", "events.jsonl")
 _LEFT_OUT = frozenset({_CONTROL, OWNER})
 _FOLDERS_LEFT_OUT = frozenset({CHECKPOINTS, "ray", "tune"})
 
@@ -107,8 +105,12 @@ class RunMirror:
                 of this machine works in the local folder.
         """
         self._lock()
-        self._persist(lambda: self._claim(probe_bytes))
-        self._persist(self._bring)
+        try:
+            self._persist(lambda: self._claim(probe_bytes))
+            self._persist(self._bring)
+        except BaseException:
+            self._unlock()
+            raise
         for work, name in ((self._send_small, "small"), (self._send_checkpoints, "checkpoints")):
             thread = threading.Thread(target=self._keep, args=(work,), name=f"mirror-{name}", daemon=True)
             thread.start()
@@ -149,8 +151,11 @@ class RunMirror:
             self._closing.set()
             for thread in self._threads:
                 thread.join()
-            if self._lock_file is not None:
-                self._lock_file.close()
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock_file is not None:
+            self._lock_file.close()
 
     def _persist(self, call: Callable[[], None]) -> None:
         told = time.monotonic()
@@ -235,13 +240,9 @@ class RunMirror:
         """Make the local folder what the run goes on from: that of the store, or what is here if it is further."""
         root, checkpoints = self.folder.root, self.folder.checkpoints
         commits = {name for name in self.store.entries(CHECKPOINTS) if name.endswith(".json")}
-        metrics = self.store.read("metrics.jsonl") or b""
-        own = self.folder.metrics_file.read_bytes() if self.folder.metrics_file.exists() else b""
-        is_ahead = own.startswith(metrics)
-        if not is_ahead:
-            for name in _CONTINUED:
-                root.joinpath(name).unlink(missing_ok=True)
-                self.store.fetch(name, root / name)
+        is_ahead = self._bring_lines("metrics.jsonl")
+        for name in ("attempts.jsonl", "events.jsonl"):
+            self._bring_lines(name)
         for checkpoint in list_checkpoints(checkpoints):
             commit = Path(checkpoint.path).with_suffix(".json")
             if commit.name not in commits and not (is_ahead and commit.name > max(commits, default="")):
@@ -253,6 +254,16 @@ class RunMirror:
             root.joinpath(name).unlink(missing_ok=True)
         self._take_control({name: entry for name, entry in self.store.entries().items() if name == _CONTROL})
         self._bring_newest()
+
+    def _bring_lines(self, name: str) -> bool:
+        """Have a file here that grows line by line; return whether what was here already goes on from the store's."""
+        path = self.folder.root / name
+        there, here = self.store.read(name) or b"", path.read_bytes() if path.exists() else b""
+        if here.startswith(there):
+            return True
+        path.unlink(missing_ok=True)
+        self.store.fetch(name, path)
+        return False
 
     def _bring_newest(self) -> None:
         found = list_checkpoints(self.folder.checkpoints)

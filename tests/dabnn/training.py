@@ -31,15 +31,17 @@ def small_spec(data: Path, **changes: Any) -> TrainSpec:
     return replace(spec, **changes)
 
 
-def start_torchrun(spec: TrainSpec, folder: Path, num_workers: int) -> "subprocess.Popen[str]":
-    """Start the loop on `num_workers` local ranks in a session of its own."""
+def start_torchrun(
+    spec: TrainSpec, folder: Path, num_workers: int, location: str | None = None
+) -> "subprocess.Popen[str]":
+    """Start the loop on `num_workers` local ranks in a session of its own; the run is at `location`, or in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "spec.json"
     file.write_text(json.dumps(spec.to_dict()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_workers}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, "-m", "dabnn.train", str(file), str(folder)],
+        [*command, "-m", "dabnn.train", str(file), location or str(folder)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -49,12 +51,12 @@ def start_torchrun(spec: TrainSpec, folder: Path, num_workers: int) -> "subproce
     )
 
 
-def torchrun(spec: TrainSpec, folder: Path, num_workers: int) -> dict[str, Any]:
+def torchrun(spec: TrainSpec, folder: Path, num_workers: int, location: str | None = None) -> dict[str, Any]:
     """Run the loop to its end on `num_workers` ranks and return its result."""
-    process = start_torchrun(spec, folder, num_workers)
+    process = start_torchrun(spec, folder, num_workers, location)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output[-6000:]
-    return RunFolder(folder).result()
+    return RunFolder.of(location or folder).fresh().result()
 
 
 def kill_in_mid_epoch(spec: TrainSpec, folder: Path, num_workers: int) -> None:
@@ -66,8 +68,13 @@ def kill_in_mid_epoch(spec: TrainSpec, folder: Path, num_workers: int) -> None:
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    kill(process)
+    assert not RunFolder(folder).result(), "the run ended before it could be killed"
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """SIGKILL a launcher and all its ranks."""
     launcher = psutil.Process(process.pid)
     for member in [*launcher.children(recursive=True), launcher]:  # the ranks lead sessions of their own
         member.kill()
     process.communicate()
-    assert not RunFolder(folder).result(), "the run ended before it could be killed"
