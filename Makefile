@@ -26,7 +26,7 @@ GPU_TESTS = $(shell grep -rlE --include='*.py' 'mark\.gpu' tests/kernels tests/d
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check check-format check-lint check-types check-style check-repo bench gpu lock clean
+.PHONY: help setup demo test test-all chaos check check-format check-lint check-types check-style check-repo bench gpu lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,10 +37,13 @@ demo: setup ## run the whole product on this machine, on real images
 	$(BIN)/dab demo
 
 test: setup ## the test suite (under 20 minutes on 2 cores)
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not slow and not gpu"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not slow and not gpu and not chaos"
 
 test-all: setup ## the slow tests too
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not chaos"
+
+chaos: setup ## break things on a cluster of several machines made of namespaces (needs root), and print what each cost
+	DAB_CHAOS_OUT="$$OUT" $(PYTEST) -m chaos --timeout 1800 tests/chaos
 
 check: check-format check-lint check-types check-style check-repo ## format, lint, types, style budget, import directions
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ("setup", "demo", "test", "test-all", "check", "gpu", "bench", "lock", "clean")
+TARGETS = ("setup", "demo", "test", "test-all", "chaos", "check", "gpu", "bench", "lock", "clean")
 ONE_MACHINE_ONLY = {
     "a path of one machine": re.compile(r"(?<![\w.~-])/(?:home|root|work|Users)/\w"),
     "a package index": re.compile(

@@ -1,0 +1,108 @@
+"""The lab, the run that nothing happens to, and the table of what faults cost."""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from lab import ROOT, Lab
+from machines import why_no_machines
+from trial import CONFIG, SETTINGS, Outcome
+
+from dabnn.run_folder import RunFolder
+
+_OUTCOMES = pytest.StashKey[list[Outcome]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin an empty table."""
+    config.stash[_OUTCOMES] = []
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """The cluster, in a folder with a short path, for Ray's sockets."""
+    if reason := why_no_machines():
+        pytest.skip(reason)
+    with ExitStack() as stack:
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dab-", ignore_cleanup_errors=True)))
+        yield stack.enter_context(Lab(base / "lab"))
+
+
+@pytest.fixture(scope="session")
+def data(lab: Lab) -> Path:
+    """The digits, on the storage that all machines see."""
+    from dabnn.data import build_dataset
+
+    root = lab.shared / "digits"
+    build_dataset("builtin:digits", root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def undisturbed(lab: Lab, data: Path) -> RunFolder:
+    """The same run under plain torchrun: what every disturbed one must come to."""
+    return plain_run(lab, data, "undisturbed")
+
+
+def plain_run(lab: Lab, data: Path, name: str, *changes: str) -> RunFolder:
+    """Train without Ray and without a cluster, two processes on the desk."""
+    from orchestrator.config import load_config
+    from orchestrator.resolve import resolve, train_spec
+
+    values = [f"data.train={data}", *SETTINGS, *changes]
+    spec = lab.shared / f"{name}.json"
+    spec.write_text(json.dumps(train_spec(resolve(load_config(CONFIG, values), str)).to_dict()))
+    folder = RunFolder(lab.shared / name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = lab.env() | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    lab.machines["desk"].run([*command, "-m", "dabnn.train", str(spec), str(folder.root)], env=env, timeout_s=300)
+    assert folder.result()["status"] == "finished"
+    return folder
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[Outcome], None]:
+    """Give what adds a row to the table."""
+    return request.config.stash[_OUTCOMES].append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table."""
+    outcomes = config.stash[_OUTCOMES]
+    if not outcomes:
+        return
+    terminalreporter.section("faults")
+    for line in table([outcome.to_dict() for outcome in outcomes]):
+        terminalreporter.write_line(line)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Keep the table of `make chaos`, rows of faults that were not tried this time included."""
+    outcomes, place = session.config.stash[_OUTCOMES], os.environ.get("DAB_CHAOS_OUT")
+    if not outcomes or not place:
+        return
+    file = Path(place) / "chaos.json"
+    rows = {row["fault"]: row for row in json.loads(file.read_text())["faults"]} if file.exists() else {}
+    rows |= {outcome.fault: outcome.to_dict() | {"date": time.strftime("%Y-%m-%d")} for outcome in outcomes}
+    machine = {
+        "cores": len(os.sched_getaffinity(0)),
+        "cluster": "head and 2 nodes of 2 CPUs in namespaces of one machine",
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"machine": machine, "faults": list(rows.values())}, indent=1) + "\n")
+
+
+def table(rows: list[dict[str, object]]) -> list[str]:
+    """Return the table as lines of Markdown."""
+    head = ["fault", "detected after", "recovered after", "steps lost", "attempts", "remark"]
+    cells = [head, ["---"] * len(head)]
+    for row in rows:
+        times = ["-" if row[key] is None else f"{row[key]:.1f} s" for key in ("detected_after_s", "recovered_after_s")]
+        cells.append([str(row["fault"]), *times, str(row["steps_lost"]), str(row["attempts"]), str(row["remark"])])
+    return [f"| {' | '.join(line)} |" for line in cells]

@@ -1,0 +1,285 @@
+"""One run in the lab: submitted, watched from outside, hit by a fault, and looked at when it is over."""
+
+import contextlib
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from lab import ROOT, Lab, is_alive, wait_until
+
+from dabnn.checkpoints import list_checkpoints
+from dabnn.run_folder import RunFolder
+
+CONFIG = ROOT / "examples" / "digits.yaml"
+WORKER = "ray::RayTrainWorker"
+DRIVER = "-m jobs.train"
+_TIMES = ("epoch_s", "images_per_s")  # what no two runs share
+_LIMIT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the table.
+
+    Attributes:
+        fault: What was done.
+        detected_after_s: Until the program had noticed, as its own record of events says; None where it need not notice.
+        recovered_after_s: Until it was training again after the fault was there; 0 where training never paused.
+        steps_lost: Steps that were taken and had to be taken again.
+        attempts: Starts of the training loop.
+        remark: What else there is to know.
+    """
+
+    fault: str
+    detected_after_s: float | None
+    recovered_after_s: float
+    steps_lost: int
+    attempts: int
+    remark: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run in a lab.
+
+    Attributes:
+        lab: Where it runs.
+        run_id: Its id.
+        folder: Its folder.
+    """
+
+    lab: Lab
+    run_id: str
+    folder: RunFolder
+
+    @property
+    def step(self) -> int:
+        """The newest step that is known of, at most a second old while it trains."""
+        return int(self.folder.progress().get("step", 0))
+
+    @property
+    def attempts(self) -> int:
+        """Starts of the training loop."""
+        return len(self.folder.attempts())
+
+    def is_over(self) -> bool:
+        """Whether the loop has left a result."""
+        return bool(self.folder.result())
+
+    def wait_for_step(self, step: int, timeout_s: float = _LIMIT_S) -> None:
+        """Wait until the run has taken `step` steps."""
+        wait_until(lambda: self.step >= step or self.is_over(), timeout_s, what=f"step {step}")
+        assert not self.is_over(), f"ended before step {step}: {self.folder.result().get('message')}"
+
+    def wait_for_attempt(self, number: int, timeout_s: float = _LIMIT_S) -> dict[str, Any]:
+        """Wait until the loop has begun for the `number`-th time and has taken a step; return that attempt."""
+        wait_until(lambda: self.attempts >= number or self.is_over(), timeout_s, what=f"attempt {number}")
+        assert self.attempts >= number, f"ended before attempt {number}: {self.folder.result().get('message')}"
+        attempt = self.folder.attempts()[number - 1]
+        wait_until(lambda: self._trained_since(attempt) or self.is_over(), timeout_s, what=f"steps of attempt {number}")
+        return attempt
+
+    def _trained_since(self, attempt: dict[str, Any]) -> bool:
+        progress = self.folder.progress()
+        return progress.get("time", 0) > attempt["time"]
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return what was noticed about the run."""
+        file = self.folder.root / "events.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines() if line] if file.exists() else []
+
+    def workers(self, *names: str) -> list[psutil.Process]:
+        """Return its workers, on the named machines or on all."""
+        return self._own(WORKER, *names)
+
+    def driver(self) -> psutil.Process:
+        """Return the program of its job."""
+        (found,) = [each for each in self._own(DRIVER, "head") if not each.cmdline()[0].endswith("sh")]
+        return found
+
+    def main_machine(self) -> str:
+        """Return the machine of rank 0, which alone has the run's files open or writes them: the first by address."""
+        return next(name for name in self.lab.machines if self.workers(name))
+
+    def processes(self) -> list[psutil.Process]:
+        """Return all processes of its jobs."""
+        return self._own("")
+
+    def _own(self, title: str, *names: str) -> list[psutil.Process]:
+        found = []
+        for process in self.lab.find(title, *names):
+            with contextlib.suppress(psutil.Error):
+                if self.run_id in process.environ().get("DAB_JOB", ""):
+                    found.append(process)
+        return found
+
+    def status(self) -> dict[str, Any]:
+        """Return what `dab status` says."""
+        done = self.lab.dab("status", self.run_id)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    def finish(self, timeout_s: float = _LIMIT_S) -> dict[str, Any]:
+        """Wait for the end of the run and of its job, and return the status, which must be that it has finished."""
+        wait_until(self.is_over, timeout_s, what="the end of the run")
+        result = self.folder.result()
+        assert result["status"] == "finished", result["message"]
+        status: dict[str, Any] = wait_until(
+            lambda: (seen := self.status())["status"] not in ("queued", "running") and seen,
+            90,
+            1.0,
+            what="its end seen",
+        )
+        assert status["status"] == "finished", status["message"]
+        return status
+
+    def resume(self) -> None:
+        """Continue it with `dab resume`."""
+        done = self.lab.dab("resume", self.run_id, "--detach")
+        assert done.returncode == 0, done.stderr
+
+
+def submit(lab: Lab, name: str, data: Path, *changes: str) -> Trial:
+    """Send a run of a small network on the digits to the lab and return it, queued."""
+    values = [f"name={name}", f"data.train={data}", *SETTINGS, *changes]
+    options = [part for value in values for part in ("--set", value)]
+    done = lab.dab("submit", CONFIG, *options, "--detach", "--address", "lab")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    return Trial(lab, answer["run_id"], RunFolder(lab.shared / "runs" / answer["run_id"]))
+
+
+# About a second an epoch on two cores, most of it spent on waiting for Ray between epochs.
+EPOCHS, STEPS_PER_EPOCH = 30, 23
+SETTINGS = (
+    "data.batch_size=64", "model.width=0.0625", f"train.epochs={EPOCHS}", "train.checkpoint.every_steps=10",
+    "cluster.placement=spread", "cluster.max_failures=3",
+)  # fmt: skip
+
+
+def strike(trial: Trial, fault: str, act: Callable[[], object], *, remark: str = "") -> Outcome:
+    """Do something that ends the attempt, wait until the next one trains, and return what that cost."""
+    number = trial.attempts
+    begun = time.time()
+    act()
+    newest = trial.step
+
+    def is_begun() -> bool:
+        nonlocal newest
+        if trial.attempts > number:
+            return True
+        newest = max(newest, trial.step)
+        return trial.is_over()
+
+    wait_until(is_begun, _LIMIT_S, what="the next attempt")
+    attempt = trial.wait_for_attempt(number + 1)
+    recovered = time.time() - begun
+    noticed = [event["time"] - begun for event in trial.events() if event["time"] >= begun]
+    lost = max(0, newest - attempt["start_step"])
+    return Outcome(fault, min(noticed, default=None), recovered, lost, trial.attempts, remark)
+
+
+def longest_pause(trial: Trial, fault: str, act: Callable[[], object], *, remark: str = "") -> Outcome:
+    """Do something that the attempt survives; return the longest time without a step from then until `act` is over."""
+    number, begun = trial.attempts, time.time()
+    pause, seen, lowest = 0.0, begun, trial.step
+    for _ in _meanwhile(act):
+        progress = trial.folder.progress()
+        pause = max(pause, time.time() - max(begun, progress.get("time", begun)))
+        seen = progress.get("time", seen)
+    noticed = [event["time"] - begun for event in trial.events() if event["time"] >= begun]
+    assert trial.attempts == number, "the attempt did not survive"
+    assert trial.step >= lowest
+    return Outcome(fault, min(noticed, default=None), pause, 0, number, remark)
+
+
+def _meanwhile(act: Callable[[], object]) -> Iterator[None]:
+    """Yield every 0.1 s while `act` runs in a thread."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(act)
+        while not doing.done():
+            yield
+            time.sleep(0.1)
+        doing.result()
+
+
+def comparable(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Return the metrics of each epoch that any two runs of one configuration share, the order of the samples included."""
+    return {
+        line["step"]: {key: value for key, value in line["metrics"].items() if key not in _TIMES} for line in lines
+    }  # fmt: skip
+
+
+def problems(trial: Trial, undisturbed: RunFolder) -> list[str]:
+    """Return in which ways a run that is over differs from one that nothing happened to, and what it left behind."""
+    own, other = trial.folder.result(), undisturbed.result()
+    found = []
+    if own["weights_sha256"] != other["weights_sha256"]:
+        found.append("other final weights")
+    expected = comparable(undisturbed.metrics())
+    if comparable(trial.folder.metrics()) != expected:
+        found.append(f"other metrics in its folder: {_difference(comparable(trial.folder.metrics()), expected)}")
+    found += [f"tracker: {each}" for each in _tracker_problems(trial, expected)]
+    found += left_behind(trial)
+    return found
+
+
+def _difference(own: dict[int, dict[str, float]], other: dict[int, dict[str, float]]) -> str:
+    if own.keys() != other.keys():
+        return f"epochs {sorted(own.keys() ^ other.keys())}"
+    return "; ".join(
+        f"epoch {epoch}: {sorted(key for key in own[epoch].keys() | other[epoch].keys() if own[epoch].get(key) != other[epoch].get(key))[:4]}"
+        for epoch in own
+        if own[epoch] != other[epoch]
+    )[:500]
+
+
+def _tracker_problems(trial: Trial, expected: dict[int, dict[str, float]]) -> list[str]:
+    rows = tracked(trial)
+    found = []
+    seen = [(key, step) for key, step, _ in rows]
+    doubled = sorted({place for place in seen if seen.count(place) > 1})
+    if doubled:
+        found.append(f"{len(doubled)} points doubled, such as {doubled[0]}")
+    points = {(key, step): value for key, step, value in rows if key not in _TIMES}
+    wanted = {(key, step): value for step, values in expected.items() for key, value in values.items()}
+    if missing := sorted(wanted.keys() - points.keys()):
+        found.append(f"{len(missing)} points missing, such as {missing[0]}")
+    if wrong := sorted(place for place in wanted.keys() & points.keys() if wanted[place] != points[place]):
+        found.append(f"{len(wrong)} points with another value, such as {wrong[0]}")
+    times = [(key, step) for key in _TIMES for step in expected]
+    if lacking := [place for place in times if place not in set(seen)]:
+        found.append(f"{len(lacking)} points missing, such as {lacking[0]}")
+    return found
+
+
+def tracked(trial: Trial) -> list[tuple[str, int, float]]:
+    """Return every point of the run in the tracker's database: metric, step, value."""
+    with contextlib.closing(sqlite3.connect(f"file:{trial.lab.database}?mode=ro", uri=True)) as database:
+        rows = database.execute("select key, step, value from metrics where run_uuid = ?", (trial.run_id,)).fetchall()
+    return [(key, int(step), float(value)) for key, step, value in rows if not key.startswith("system/")]
+
+
+def left_behind(trial: Trial) -> list[str]:
+    """Return what a run that is over has left where nothing should be, after giving it time to go away."""
+    found: list[str] = []
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not [each for each in trial.processes() if is_alive(each)], 60, 0.5)
+    found += [f"process {' '.join(each.cmdline())[:80]}" for each in trial.processes() if is_alive(each)]
+    found += [f"placement group {group['placement_group_id']}" for group in trial.lab.placement_groups()]
+    kept = list_checkpoints(trial.folder.checkpoints)
+    wanted = {Path(each.path).name for each in kept} | {Path(each.path).with_suffix(".json").name for each in kept}
+    here = {path.name for path in trial.folder.checkpoints.glob("*")}
+    found += [f"file {name}" for name in sorted(here - wanted)]
+    return found
