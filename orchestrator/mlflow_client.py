@@ -4,12 +4,14 @@ MLflow's own client would retry for minutes, and print addresses to stdout, wher
 """
 
 import contextlib
+import functools
 import http.client
 import os
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from dabnn.data.remote import shown
@@ -25,15 +27,17 @@ if TYPE_CHECKING:
 
 _REACH_TIMEOUT_S = 8.0  # a server on a machine that trains on all cores has taken 3 s for its first answer
 _USERNAME, _PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+_NOT_ALLOWED = (http.client.UNAUTHORIZED, http.client.FORBIDDEN)
 _REFUSALS = (400, 404, 409, 413)
 _UNKNOWN_USER = (
     "MLflow: {uri} asks for a user and a password, and those given are not right. Set MLFLOW_TRACKING_USERNAME and "
     "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), here and on the nodes of the cluster; a job takes them from "
     "its node."
 )
+_RETRY_DELAYS_S = (0.5, 2.0)
 _SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # they would make a run twice whose answer was lost; `_insist` knows better
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # a server to which hundreds of trials write at once has taken 25 s
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
@@ -48,7 +52,7 @@ def connected(uri: str) -> Iterator["MlflowClient"]:
         DabError: The server does not answer, within about 8 s, or fails.
     """
     check_tracking(uri)
-    client = unchecked_client(uri)
+    client = cast("MlflowClient", _Patient(unchecked_client(uri)))
     from mlflow.exceptions import MlflowException
 
     try:
@@ -60,6 +64,32 @@ def connected(uri: str) -> Iterator["MlflowClient"]:
         raise kind(f"MLflow: {uri} answered: {error.message}") from error
     except (OSError, http.client.HTTPException) as error:
         raise DabError(f"MLflow: the connection to {uri} broke ({error}); nothing else was lost. Try again.") from error
+
+
+class _Patient:
+    """A client that asks again where an answer was lost. All calls but one do no harm when they are made twice."""
+
+    def __init__(self, client: "MlflowClient") -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+        return call if name == "create_run" else functools.partial(_insist, call)
+
+
+def _insist(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    for delay_s in _RETRY_DELAYS_S:
+        try:
+            return call(*arguments, **named)
+        except MlflowException as error:
+            if is_refusal(error) or error.get_http_status_code() in _NOT_ALLOWED:  # type: ignore[no-untyped-call]
+                raise
+        except (OSError, http.client.HTTPException):
+            pass
+        time.sleep(delay_s)
+    return call(*arguments, **named)
 
 
 def check_tracking(uri: str) -> None:

@@ -5,6 +5,7 @@ door to MLflow: the server of this machine and the follower of metrics files are
 """
 
 import json
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dabnn.errors import InvalidInputError
 from orchestrator.metric_follower import MetricFollower, has_unsent
-from orchestrator.mlflow_client import check_tracking, connected
+from orchestrator.mlflow_client import check_tracking, connected, is_refusal
 from orchestrator.tracking_server import TrackingStatus, ensure_tracking, tracking_down, tracking_status
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ _TO_MLFLOW: dict[Status, str] = {
 _FROM_MLFLOW = {theirs: ours for ours, theirs in _TO_MLFLOW.items()}
 _ENDED = ("finished", "failed", "stopped")
 _PARENT = "mlflow.parentRunId"
+_KEY = "dab.key"
+_CREATE_ATTEMPTS = 3
 # MLflow refuses more (mlflow.utils.validation).
 _MAX_PARAM_CHARS = 6000
 _MAX_TAG_CHARS = 8000
@@ -120,12 +123,28 @@ def create_run(
         all_tags[_PARENT] = parent
     entities = [Param(key, _cut(_text(value), _MAX_PARAM_CHARS)) for key, value in _flat(params)]
     with connected(uri) as client:
-        run = client.create_run(_experiment_id(client, experiment), run_name=name, tags=all_tags)
+        run = _create(client, _experiment_id(client, experiment), name, all_tags)
         run_id = str(run.info.run_id)
         client.update_run(run_id, status=_TO_MLFLOW["queued"])
         for begin in range(0, len(entities), _MAX_PARAMS_PER_CALL):
             client.log_batch(run_id, params=entities[begin : begin + _MAX_PARAMS_PER_CALL])
     return run_id
+
+
+def _create(client: "MlflowClient", experiment_id: str, name: str, tags: dict[str, str]) -> "Run":
+    """Create a run once: where the answer is lost, the run is looked for by its key before it is asked for again."""
+    from mlflow.exceptions import MlflowException
+
+    key = secrets.token_hex(8)
+    for _ in range(_CREATE_ATTEMPTS - 1):
+        try:
+            return client.create_run(experiment_id, run_name=name, tags=tags | {_KEY: key})
+        except MlflowException as error:
+            if is_refusal(error):
+                raise
+            if found := _search(client, [experiment_id], f"tags.`{_KEY}` = '{key}'"):
+                return found[0]
+    return client.create_run(experiment_id, run_name=name, tags=tags | {_KEY: key})
 
 
 def set_status(uri: str, run_id: str, status: Status) -> None:

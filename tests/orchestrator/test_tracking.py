@@ -301,9 +301,8 @@ def test_metrics_written_while_the_server_is_dead_arrive_when_it_is_back(
 
 
 def test_a_batch_whose_answer_was_lost_is_not_doubled_even_by_another_follower(
-    uri: str, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uri: str, run_id: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     path = tmp_path / "metrics.jsonl"
     append(path, "".join(report(step, loss=1 / (step + 3), top1=math.nan) for step in range(40)))
     with gate(uri) as door:
@@ -375,6 +374,20 @@ def test_an_address_with_a_password_is_refused_and_not_repeated() -> None:
     with pytest.raises(InvalidInputError, match=r"^tracking.uri: http://127.0.0.1:9 holds a user or password") as error:
         tracking.check_tracking("http://me:hunter2@127.0.0.1:9")
     assert "hunter2" not in str(error.value)
+
+
+def test_a_run_whose_creation_was_not_answered_is_created_once(uri: str) -> None:
+    with gate(uri) as door:
+        door.lossy_path = "/runs/create"
+        door.num_to_lose = 1
+        run_id = tracking.create_run(door.uri, "created", "once", params={"a": 1}, tags={})
+        assert door.num_lost == 1
+        door.lossy_path = "/runs/update"
+        door.num_to_lose = 2
+        tracking.set_status(door.uri, run_id, "running")
+        assert door.num_lost == 3
+    (record,) = tracking.find_runs(uri, "created")
+    assert (record.run_id, record.status, record.params) == (run_id, "running", {"a": "1"})
 
 
 def test_a_database_that_cannot_be_opened_is_told_and_leaves_no_process(
