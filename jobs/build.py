@@ -4,7 +4,6 @@ The driver lists the source and hands out one Ray task a shard. A task that was 
 elsewhere; a finished shard is not, even after the driver was killed.
 """
 
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -16,6 +15,7 @@ import ray
 from dabnn.data.processes import Tell
 from dabnn.errors import DabError
 from dabnn.run_folder import write_json
+from jobs.connect import connect
 from jobs.train import say
 from orchestrator.cluster_build import Request
 from orchestrator.output import Output
@@ -29,7 +29,7 @@ def main() -> int:
     """Run the job described in the environment; return 0 when the dataset is there, 1 when not."""
     request = Request.from_environment()
     file = Path(request.file)
-    ray.init(logging_level=logging.WARNING)
+    connect()
     try:
         with Output().progress(f"build {request.options.dest}", "images") as bar:
             request.options.build(say=say, on_progress=bar.update, run_tasks=over_cluster)

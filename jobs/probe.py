@@ -5,7 +5,6 @@ Ray is asked for the others, since Ray itself refuses another Python or Ray.
 """
 
 import json
-import logging
 import os
 import secrets
 import socket
@@ -17,6 +16,7 @@ import ray
 
 from dabnn.data import load_manifest
 from dabnn.errors import DabError
+from jobs.connect import connect
 from jobs.train import say
 from orchestrator.job import VARIABLE
 from orchestrator.mlflow_client import is_reachable
@@ -29,7 +29,7 @@ def main() -> int:
     """Report this node, then all others; return 0 when every node has answered."""
     request = Request.from_json(os.environ[VARIABLE])
     say(PREFIX + json.dumps(asdict(look(request, socket.gethostname()))))
-    ray.init(logging_level=logging.WARNING)
+    connect()
     own = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != own]
     pending = {_look_on(node, request): node["NodeManagerAddress"] for node in others}

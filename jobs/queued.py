@@ -10,7 +10,10 @@ import random
 import sys
 import time
 
+import ray
+
 from dabnn.errors import DabError
+from jobs.connect import connect
 from orchestrator.queue import VARIABLE, Waiting, turn_now
 
 _POLL_S = 5.0
@@ -37,6 +40,9 @@ def main(module: str) -> None:
             sys.stdout.flush()
             said, said_at = reason, time.monotonic()
         time.sleep(_POLL_S * random.uniform(0.8, 1.2))
+    if waiting.needs.num_workers == 0:  # its program will not connect to Ray, and others shall see that it runs
+        connect()
+        ray.shutdown()
     os.execv(sys.executable, [sys.executable, "-m", module])  # noqa: S606 - no shell is wanted
 
 

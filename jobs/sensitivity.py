@@ -4,11 +4,9 @@ The driver fans out one Ray task for each network as a whole and for each of its
 measures, and returns a few numbers. The figures go to `sensitivity.json` in the run's folder and to the run in MLflow.
 """
 
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,7 +16,7 @@ from dabnn.deliver import load_trained
 from dabnn.errors import DabError
 from dabnn.models import ModelSpec, Network
 from dabnn.plans import numbered_convs
-from dabnn.run_folder import write_json
+from dabnn.run_folder import RunFolder
 from dabnn.sensitivity import (
     NUM_BN_BATCHES,
     LayerState,
@@ -30,6 +28,7 @@ from dabnn.sensitivity import (
     measure_layer,
     measure_network,
 )
+from jobs.connect import connect
 from jobs.train import say
 from orchestrator import tracking
 from orchestrator.sensitivity import FILE, Request
@@ -64,14 +63,14 @@ class Found:
 def main() -> int:
     """Run the job described in the environment; return 0 when the figures are there, 1 when not."""
     request = Request.from_environment()
-    file = Path(request.folder) / FILE
-    ray.init(logging_level=logging.WARNING)
+    folder = RunFolder.of(request.folder)
+    connect()
     try:
         figures = measure(request)
     except DabError as error:
-        write_json(file, {"job_id": request.job_id, "error": str(error)})
+        folder.leave_json(FILE, {"job_id": request.job_id, "error": str(error)})
         return 1
-    write_json(file, {"job_id": request.job_id, **figures})
+    folder.leave_json(FILE, {"job_id": request.job_id, **figures})
     try:
         tracking.log_json(request.tracking_uri, request.run_id, FILE, figures)
     except DabError as error:

@@ -67,9 +67,10 @@ def tracking_uri(uri: str | None, say: Say, reference: str = "", address: str | 
 
 def dry_run(config: Path | None, overrides: list[str], *, sweep: bool, address: str | None = None) -> View:
     """Return what a submission would do; nothing is started or created, but a cluster that runs is asked."""
-    target = resolve_target(address)
+    wanted = load_config(config, overrides)
+    target = resolve_target(address or wanted.cluster.address)
     reached = reach(target) if target.jobs_url else None
-    ready = plan(placed(load_config(config, overrides), target), sweep=sweep, may_start=False)
+    ready = plan(placed(wanted, target), sweep=sweep, may_start=False)
     if reached is not None:
         check_size(ready.config.cluster, target, reached)
     job = preview_of(ready, target, reached, sweep=sweep)

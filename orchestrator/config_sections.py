@@ -358,8 +358,14 @@ class Train(Section):
 
 
 class Cluster(Section):
-    """What the run takes from the cluster."""
+    """Which cluster the run goes to, and what it takes from it."""
 
+    address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="cluster unless --address names another: URL of a Jobs API or name of clusters.toml; null: this "
+        "machine's own",
+    )
     num_workers: int = Field(
         default=2,
         ge=0,
@@ -398,7 +404,7 @@ class Cluster(Section):
         default=0, ge=-1000, le=1000, description="place in the queue of the cluster: higher ones start first"
     )
     wait: bool = Field(
-        default=False, description="whether the run is queued while the cluster is too small or full, not refused"
+        default=False, description="whether the run is queued while the cluster is too small for it, not refused"
     )
 
     @property

@@ -26,6 +26,7 @@ PRIORITY = "dab_priority"
 NEEDS = "dab_needs"
 MAX_RUNNING = "dab_max_running"
 NAME = "dab_name"
+QUEUED = "dab_queued"  # there when it had to wait
 VARIABLE = "DAB_QUEUE"
 
 
@@ -118,7 +119,7 @@ def turn_at_submission(target: Target, reached: Reached, carried: Mapping[str, s
         reached: What it says of itself.
         carried: The metadata of its job.
     """
-    mine = _entry(SeenJob("", LIVING_JOBS[0], math.inf, dict(carried), has_begun=False))
+    mine = _entry(SeenJob("", LIVING_JOBS[0], math.inf, {**carried, QUEUED: ""}, has_begun=False))
     return Turn("start") if mine is None else turn_of(mine, entries(jobs(target)), reached.total)
 
 
@@ -218,7 +219,7 @@ def _entry(job: SeenJob) -> Entry | None:
             job.submitted_at,
             needs,
             int(limit) if limit else None,
-            job.has_begun,
+            job.has_begun or QUEUED not in job.metadata,
             job.metadata.get(NAME, ""),
         )
     except (KeyError, ValueError, AttributeError, TypeError):

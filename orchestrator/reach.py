@@ -18,6 +18,7 @@ from orchestrator.target import Target
 _ANSWER_S = 15.0
 _MAX_NODES = 10_000
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
+_GATEWAY = (502, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def nodes_of(target: Target) -> tuple[Node, ...]:
 
 def _refuse_open(target: Target) -> None:
     """Refuse a cluster where whoever reaches the port can run programs; a token sent there would protect nothing."""
-    if _get(target, "/api/version", {}).status_code not in (_UNAUTHORIZED, _FORBIDDEN):
+    if "ray_version" in _mapping(_get(target, "/api/version", {})):
         raise InvalidInputError(
             f"--address: {target} at {target.jobs_url} takes commands without a token, from anyone who reaches it. "
             "Start it with RAY_AUTH_MODE=token on every node (docs/clusters.md), or, where something else keeps "
@@ -92,13 +93,19 @@ def _json(target: Target, path: str) -> Mapping[str, Any]:
     response = _get(target, path, headers(target))
     if response.status_code in (_UNAUTHORIZED, _FORBIDDEN):
         raise wrong_token(target)
+    answer = _mapping(response)
+    if not answer:
+        raise _no_jobs_api(target, f" (it answered {response.status_code})")
+    return answer
+
+
+def _mapping(response: Any) -> Mapping[str, Any]:
+    """Return the JSON mapping that was answered; an empty one for anything else."""
     try:
         answer = response.json() if response.ok else None
     except ValueError:
         answer = None
-    if not isinstance(answer, Mapping):
-        raise _no_jobs_api(target, f" (it answered {response.status_code})")
-    return answer
+    return answer if isinstance(answer, Mapping) else {}
 
 
 def _get(target: Target, path: str, sent: Mapping[str, str]) -> Any:
@@ -107,18 +114,24 @@ def _get(target: Target, path: str, sent: Mapping[str, str]) -> Any:
     os.environ.update(processes.without_proxies(os.environ))
     url = target.jobs_url
     try:
-        return requests.get(url + path, headers=dict(sent), timeout=(CONNECT_S, _ANSWER_S), verify=target.verify)
+        response = requests.get(url + path, headers=dict(sent), timeout=(CONNECT_S, _ANSWER_S), verify=target.verify)
     except requests.exceptions.SSLError as error:
         raise DabError(
             f"--address: {target} at {url} shows a certificate that this machine does not trust ({_reason(error)}). "
-            "Name the "
-            'file of the authority that signed it: verify = "ca.pem" in clusters.toml.'
+            'Name the file of the authority that signed it: verify = "ca.pem" in clusters.toml.'
         ) from error
     except OSError as error:  # of requests, too; also a file of certificates that is not there
-        raise DabError(
-            f"--address: {target} at {url} does not answer ({_reason(error)}). Is the cluster up, and is this the "
-            "address of its dashboard (port 8265 by default), through a tunnel or https if it listens on loopback?"
-        ) from error
+        raise _silent(target, _reason(error)) from error
+    if response.status_code in _GATEWAY:
+        raise _silent(target, f"a proxy or gateway answered {response.status_code} in its place")
+    return response
+
+
+def _silent(target: Target, reason: str) -> DabError:
+    return DabError(
+        f"--address: {target} at {target.jobs_url} does not answer ({reason}). Is the cluster up, and is this the "
+        "address of its dashboard (port 8265 by default), through a tunnel or https if it listens on loopback?"
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -132,7 +145,7 @@ def _reason(error: BaseException) -> str:
         "No route",
     ):
         if known in text:
-            return known.lower()
+            return known
     return text[:200]
 
 

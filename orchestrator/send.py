@@ -70,7 +70,8 @@ class Parcel:
     @property
     def metadata(self) -> dict[str, str]:
         """What every user of the cluster sees of the job."""
-        return {"dab_run_id": self.run_id, "kind": self.kind, **self.carried}
+        queued = {} if self.waiting is None else {queue.QUEUED: "1"}
+        return {"dab_run_id": self.run_id, "kind": self.kind, **self.carried, **queued}
 
 
 def send(target: Target, parcel: Parcel) -> None:

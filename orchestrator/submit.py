@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from dabnn.errors import InvalidInputError
@@ -70,13 +69,13 @@ def plan(config: Config, *, sweep: bool, may_start: bool = True) -> Plan:
     config = resolved(config, may_start=may_start)
     if sweep:
         check_trials(config)
-    storage = Path(config.storage) if config.storage else home_folder("storage")
+    storage = config.storage or str(home_folder("storage"))
     check_room(config, storage)
     table = model_table(config)
     cpus = Needs.of(config.cluster).total["CPU"]
     num_binary_layers = sum(layer.binary_weights for layer in table.layers)
     digest = manifest_of(config).digest
-    return Plan(config, str(storage), table.float_bytes, table.packed_bytes, digest, cpus, num_binary_layers)
+    return Plan(config, storage, table.float_bytes, table.packed_bytes, digest, cpus, num_binary_layers)
 
 
 def resolved(config: Config, *, may_start: bool = True) -> Config:
@@ -115,7 +114,7 @@ def submit(
     Args:
         config: As the user wrote it.
         sweep: Search over `config.search` instead of training once.
-        address: Cluster, as `orchestrator.target.resolve_target` takes it.
+        address: Cluster, as `orchestrator.target.resolve_target` takes it; wins over `cluster.address`.
         on_note: Told what the user should know about the run.
         on_wait: Told what is being waited for.
 
@@ -126,7 +125,7 @@ def submit(
         InvalidInputError: Something in `config` cannot run, or not on this cluster; nothing was created.
         DabError: Cluster or tracker could not be reached.
     """
-    target = resolve_target(address)
+    target = resolve_target(address or config.cluster.address)
     reached = None if target.is_embedded else reach(target)
     ready = plan(placed(config, target), sweep=sweep)
     if not ready.num_binary_layers and not sweep:
@@ -308,7 +307,7 @@ def preview_of(ready: Plan, target: Target, reached: Reached | None, *, sweep: b
 
 def _job(kind: str, run_id: str, ready: Plan, uri: str, target: Target) -> Job:
     config = ready.config
-    folder = str(Path(ready.storage) / run_id)
+    folder = f"{ready.storage.rstrip('/')}/{run_id}"
     return Job(
         kind,
         run_id,
@@ -337,5 +336,5 @@ def _create_run(ready: Plan, uri: str, kind: str, target: Target) -> Job:
     tracking.log_json(uri, run_id, "config.json", to_dict(config))
     tracking.log_dataset(uri, run_id, digest=ready.digest, path=config.data.train, context="train")
     job.save()
-    (Path(job.folder) / "config.yaml").write_text(to_yaml(config if kind == "sweep" else alone(config)))
+    job.run_folder.leave("config.yaml", to_yaml(config if kind == "sweep" else alone(config)))
     return job
