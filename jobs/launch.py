@@ -1,71 +1,106 @@
-"""Run the training loop on the workers of a Ray cluster, or in this process when one worker is asked for by a trial.
+"""Run the training loop on the workers of a Ray cluster, attempt by attempt, or in this process without workers.
 
-Ray launches, supervises and restarts; the loop, its checkpoints and its record belong to `dabnn`. `ray.train.report`
-is called once an epoch only, because each call waits for the controller's next poll.
+Before each attempt it is decided where the workers go and those nodes are looked at (`jobs.preflight`); then Ray Train
+starts and supervises them (`jobs.workers`). What fails is tried again from the last checkpoint, if `jobs.failures`
+says so. A run with `cluster.min_workers` goes on with fewer workers while nodes are gone, and takes a checkpoint and
+begins again with more when there is room: the samples of each step are the same on any number of workers.
 """
 
-import logging
-import os
-from pathlib import Path
+import itertools
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import ray
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
-
-from dabnn.distributed import COLLECTIVE_TIMEOUT_S
 from dabnn.errors import DabError
+from dabnn.observer import LeavingError, Observer, Watch
 from dabnn.run_folder import RunFolder
 from dabnn.spec import TrainSpec
-from dabnn.train import train
+from jobs.growth import forget_wish, leave_wish
+from jobs.nodes import Seen, seen
+from jobs.preflight import Wanted, look_at
+from orchestrator.capacity import Needs, Node, num_places, shortage
+from orchestrator.config import Config
 from orchestrator.config_sections import Cluster as ClusterConfig
+from orchestrator.failure import Action
+from orchestrator.placement import choose, returned
+from orchestrator.story import message
+
+Tell = Callable[[str], None]
+
+_POLL_S = 0.5
+_TELL_EVERY_S = 30.0
+_SETTLE_S = 5.0  # how long a run waits for all its workers' places before it takes what there is
+_RETURN_S = 600.0  # how long a run that has begun waits for nodes that are gone
+_SHUNNED_S = 120.0  # how long a node with a problem is left out of later attempts
+_GROW_POLL_S = 2.0
+_GROW_SETTLE_S = 5.0
+_GROW_INTERVAL_S = 30.0  # a restart takes some of this; more seldom than that
+_PIXEL_BYTES = 4
 
 
-class ReportToRay:
-    """Tells Ray Train about each finished epoch; every rank must take part."""
-
-    def epoch_finished(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Report the epoch's metrics."""
-        ray.train.report(metrics | {"epoch": float(epoch)})
-
-
-def launch(spec: TrainSpec, folder: RunFolder, cluster: ClusterConfig, name: str) -> dict[str, Any]:
+def launch(
+    spec: TrainSpec,
+    folder: RunFolder,
+    config: Config,
+    name: str,
+    *,
+    tracking_uri: str = "",
+    tell: Tell = lambda _: None,
+) -> dict[str, Any]:
     """Train on the cluster and return the result that the loop left in `folder`.
 
     Args:
         spec: The run.
         folder: The run's folder, on storage that every node sees.
-        cluster: Workers and what each needs.
+        config: The configuration that `spec` was made of.
         name: Unique name for Ray: a name used before would make Ray continue that run's state.
+        tracking_uri: MLflow server that the nodes must reach; empty if none.
+        tell: Told what happens, for the job's log.
 
     Raises:
-        DabError: The cluster cannot hold the workers, or workers died more often than `max_failures`.
+        DabError: The cluster cannot hold the workers, a node lacks something, or it was given up after failures.
     """
-    check_capacity(cluster)
     folder.forget_result()
-    trainer = TorchTrainer(
-        _train_on_worker,
-        train_loop_config={"spec": spec.to_dict(), "folder": str(folder.root), "threads": cluster.cpus_per_worker},
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers,
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker=_resources(cluster),
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(folder.root / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-        ),
-    )
+    if not config.cluster.num_workers:
+        return _train_watched(spec, folder, config.cluster)
+    if not config.cluster.wait:
+        check_capacity(config.cluster)
+    return _Attempts(spec, folder, config, name, tracking_uri, tell).run()
+
+
+def train_here(
+    spec: TrainSpec,
+    folder: RunFolder,
+    cluster: ClusterConfig,
+    observer: Observer | None = None,
+    watch: Watch | None = None,
+) -> None:
+    """Run the loop in this process, on the CPU or the GPU that Ray gave it."""
+    import torch
+
+    from dabnn.distributed import World
+    from dabnn.train import train
+
+    torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
+    world = World.current("cuda" if cluster.gpus_per_worker else "cpu")
+    train(spec, folder, world=world, observer=observer, watch=watch)
+
+
+def _train_watched(spec: TrainSpec, folder: RunFolder, cluster: ClusterConfig) -> dict[str, Any]:
+    """Train in this process, whose main thread this must be, and return the result."""
+    from dabnn.watch import WorkerWatch, hang_limit_s, heed_sigterm, watched
+
+    heed_sigterm()
+    watch = WorkerWatch(folder, 0, socket.gethostname(), hang_s=hang_limit_s(cluster.hang_s, spec))
     try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise DabError(f"training failed after {cluster.max_failures} restarts: {_last_line(error)}") from error
-    result = folder.result()
-    if not result:
-        raise DabError(f"{folder.root}: the workers ended without a result. Look at `dab logs`.")
-    return result
+        watched(lambda: train_here(spec, folder, cluster, watch=watch), watch)
+    except LeavingError:
+        return _stopped(folder, "told to end (SIGTERM) and saved a checkpoint; `dab resume` goes on from it")
+    return _result(folder)
 
 
 def check_capacity(cluster: ClusterConfig) -> None:
@@ -74,42 +109,189 @@ def check_capacity(cluster: ClusterConfig) -> None:
     Raises:
         DabError: Says what is needed and what each node has.
     """
-    wanted = _resources(cluster)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    held = (min(node.get(kind, 0) // amount for kind, amount in wanted.items() if amount) for node in nodes)
-    slots = int(sum(held))
-    if slots < cluster.num_workers:
-        have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
-        needs = ", ".join(f"{amount:g} {kind}" for kind, amount in wanted.items())
-        raise DabError(
-            f"cluster.num_workers: {cluster.num_workers} workers of {needs} each, but the cluster's nodes ({have}) "
-            f"hold {slots}. Ask for fewer workers or add nodes."
-        )
+    short = shortage(Needs.of(cluster), seen().total, "the cluster")
+    if short:
+        raise DabError(f"{short} Ask for fewer workers or add nodes, or set cluster.wait to wait for them.")
 
 
-def _resources(cluster: ClusterConfig) -> dict[str, float]:
-    resources: dict[str, float] = {"CPU": float(cluster.cpus_per_worker)}
-    if cluster.gpus_per_worker:
-        resources["GPU"] = float(cluster.gpus_per_worker)
-    return resources
+class _Attempts:
+    """The attempts of one call of `launch`."""
+
+    def __init__(
+        self, spec: TrainSpec, folder: RunFolder, config: Config, name: str, tracking_uri: str, tell: Tell
+    ) -> None:
+        from jobs.failures import Judge
+
+        self.spec, self.folder, self.cluster, self.name, self.tell = spec, folder, config.cluster, name, tell
+        self.needs = Needs.of(config.cluster)
+        self.wanted = _wanted(spec, config.cluster, tracking_uri)
+        self.judge = Judge(folder, config, tell)
+        self.shunned: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Return the result of the last attempt."""
+        for number in itertools.count(1):
+            found = self._find_places()
+            if found is None:
+                return _stopped(self.folder, "stopped by request while it waited for room")
+            places, nodes = found
+            if not self._are_sound(places, nodes, is_first=number == 1):
+                continue
+            if len(places) < self.cluster.num_workers:
+                self.tell(
+                    f"training on {len(places)} of {self.cluster.num_workers} workers, as long as there is no room"
+                )
+            ended = self._try(places, self.name if number == 1 else f"{self.name}-{number}")
+            if ended:
+                return ended
+        raise AssertionError("attempts are counted for ever")
+
+    def _find_places(self) -> tuple[list[str], Seen] | None:
+        """Wait for room; return the nodes' ids, one entry a worker, and the nodes; None when the run is to stop."""
+        began, told_at = time.monotonic(), time.monotonic()
+        while not self.folder.is_stop_requested():
+            waited_s = time.monotonic() - began
+            nodes = seen(self._shunned())
+            places = most(self.needs, nodes.free)
+            could_hold = min(self.cluster.num_workers, num_places(self.needs, nodes.total))
+            if len(places) >= self.needs.least and (len(places) >= could_hold or waited_s >= _SETTLE_S):
+                return places, nodes
+            short = shortage(self.needs, nodes.total, "the cluster")
+            if short and not self.cluster.wait and waited_s >= _RETURN_S:
+                raise DabError(f"{short} Nothing came back within {_RETURN_S:.0f} s; `dab resume` goes on when it has.")
+            if time.monotonic() - told_at >= _TELL_EVERY_S:
+                told_at = time.monotonic()
+                self.tell(f"waiting for nodes: {short}" if short else "waiting for room: the cluster is busy")
+            time.sleep(_POLL_S)
+        return None
+
+    def _are_sound(self, places: Sequence[str], nodes: Seen, *, is_first: bool) -> bool:
+        """Look at the nodes; those with a problem are left out for a while, unless nothing has begun yet."""
+        findings = look_at(places, nodes.addresses, self.folder, self.wanted)
+        if findings.problems and is_first:
+            raise DabError(str(findings))
+        for node in (*findings.problems, *findings.lost):
+            self.shunned[node] = time.monotonic()
+        if findings:
+            self.tell(str(findings))
+        return not findings
+
+    def _try(self, places: Sequence[str], name: str) -> dict[str, Any] | None:
+        """Train once; return the result, or None when there shall be another attempt."""
+        from jobs.failures import ENDS
+        from jobs.workers import fit
+
+        try:
+            with self._growing(places) as is_asked:
+                fit(self.spec, self.folder, self.cluster, name, places)
+        except ENDS as error:
+            if is_asked.is_set() and _has_left(error):
+                return None
+            return self._decide(error)
+        return _result(self.folder)
+
+    def _decide(self, error: BaseException) -> dict[str, Any] | None:
+        failure, decision = self.judge.judge(error)
+        if decision.action is Action.GIVE_UP:
+            raise DabError(message(failure, decision)) from error
+        if decision.action is Action.STOP:
+            return _stopped(self.folder, message(failure, decision))
+        _wait(decision.wait_s, self.folder.is_stop_requested)
+        return None
+
+    @contextmanager
+    def _growing(self, places: Sequence[str]) -> Iterator[threading.Event]:
+        """Within the block the loop is asked to take a checkpoint and leave when there is room for more workers.
+
+        Yields:
+            Set once it was asked.
+        """
+        is_asked, over = threading.Event(), threading.Event()
+        forget_wish(self.folder)
+        if len(places) == self.cluster.num_workers:
+            yield is_asked
+            return
+        thread = threading.Thread(target=self._watch_room, args=(places, is_asked, over), name="grow", daemon=True)
+        thread.start()
+        try:
+            yield is_asked
+        finally:
+            over.set()
+            thread.join()
+            forget_wish(self.folder)
+
+    def _watch_room(self, places: Sequence[str], is_asked: threading.Event, over: threading.Event) -> None:
+        num_attempts = len(self.folder.attempts())
+        began, roomy_since = 0.0, 0.0
+        while not over.wait(_GROW_POLL_S):
+            now = time.monotonic()
+            began = began or (now if len(self.folder.attempts()) > num_attempts else 0.0)
+            nodes = seen(self._shunned())
+            count = len(most(self.needs, returned(nodes.free, places, self.needs.each)))
+            roomy_since = (roomy_since or now) if count > len(places) else 0.0
+            is_settled = roomy_since and now - roomy_since >= _GROW_SETTLE_S
+            if is_settled and began and now - began >= _GROW_INTERVAL_S:
+                self.tell(f"room for {count} workers: a checkpoint is taken, and training goes on with them")
+                is_asked.set()
+                leave_wish(self.folder)
+                return
+
+    def _shunned(self) -> list[str]:
+        now = time.monotonic()
+        return [node for node, since in self.shunned.items() if now - since < _SHUNNED_S]
 
 
-def _train_on_worker(settings: dict[str, Any]) -> None:
-    """Run the loop on one rank; Ray calls this on every worker."""
-    import torch
-    from ray.train.torch import get_device
-    from ray.train.v2._internal.execution import context as execution_context
+def _stopped(folder: RunFolder, text: str) -> dict[str, Any]:
+    """Leave the result of a run that was stopped while nothing trained, and return it."""
+    progress = folder.progress()
+    result: dict[str, Any] = {
+        "status": "stopped",
+        "message": text,
+        "epoch": progress.get("epoch", 0),
+        "step": progress.get("step", 0),
+        "metrics": {},
+        "weights_sha256": "",
+    }
+    folder.write_result(result)
+    return result
 
-    from dabnn.distributed import World
 
-    # Ray names this logger after its file; at its own level each report would be a long line of the job's log.
-    logging.getLogger(execution_context.__file__).setLevel(logging.WARNING)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(max(1, int(settings["threads"])))
-    spec = TrainSpec.from_dict(settings["spec"])
-    train(spec, RunFolder(Path(settings["folder"])), world=World.current(get_device()), observer=ReportToRay())
+def most(needs: Needs, free: Sequence[Node]) -> list[str]:
+    """Return places for as many workers as find room, at most all: names of nodes, one entry a worker."""
+    for count in range(needs.num_workers, 0, -1):
+        places = choose(needs, free, count)
+        if places is not None:
+            return places
+    return []
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _wanted(spec: TrainSpec, cluster: ClusterConfig, tracking_uri: str) -> Wanted:
+    side, channels = spec.model.get("input_size") or 224, spec.model.get("in_channels") or 3
+    return Wanted(
+        data=(spec.data.train, spec.data.val),
+        tracking_uri=tracking_uri,
+        interface=cluster.interface,
+        num_loaders=spec.data.num_loaders,
+        sample_bytes=channels * side * side * _PIXEL_BYTES,
+        batch_size=spec.data.batch_size,
+        disks=(tempfile.gettempdir(), *([spec.data.cache_folder] if spec.data.cache_folder else [])),
+    )
+
+
+def _result(folder: RunFolder) -> dict[str, Any]:
+    result = folder.load_json("result.json")
+    if not result:
+        raise DabError(f"{folder.location}: the workers ended without a result. Look at `dab logs`.")
+    return result
+
+
+def _has_left(error: BaseException) -> bool:
+    """Whether an attempt ended because its workers had saved a checkpoint and left, and for nothing else."""
+    failures = getattr(error, "worker_failures", {})
+    return bool(failures) and all(isinstance(each, LeavingError) for each in failures.values())
+
+
+def _wait(wait_s: float, is_over: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline and not is_over():
+        time.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))

@@ -8,7 +8,7 @@ nested trainer and takes no CPU itself.
 import logging
 import sys
 import uuid
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -16,7 +16,7 @@ from ray import tune
 
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
-from jobs.launch import check_capacity, launch
+from jobs.launch import check_capacity, launch, train_here
 from jobs.record import leave_result, record_end, record_start
 from jobs.train import say
 from jobs.trials import ReportToTune, TrialRecorder, follow_nested, trial_folder
@@ -51,25 +51,27 @@ def _search(job: Job, config: Config) -> dict[str, Any]:
     check_capacity(base.cluster)
     searcher, space, num_samples = make_searcher(search, config.seed)
     recorder = TrialRecorder(job, search)
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_run_trial, job=job), _trial_resources(base)),
-        param_space=space,
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=make_scheduler(search, base.train.epochs),
-            num_samples=num_samples,
-            max_concurrent_trials=_concurrency(search.max_concurrent, base),
-        ),
-        run_config=tune.RunConfig(
-            name=job.job_id,
-            storage_path=str(Path(job.folder) / "tune"),
-            callbacks=[recorder],
-            stop=_StopWhenAsked(job.run_folder.root),
-            failure_config=tune.FailureConfig(max_failures=base.cluster.max_failures),
-            verbose=0,
-        ),
-    )
-    tuner.fit()
+    # Tune reads pickles back from where it keeps its state, so that is no folder that other machines or users write to.
+    with TemporaryDirectory(prefix="dab-tune-", ignore_cleanup_errors=True) as private:
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(_run_trial, job=job), _trial_resources(base)),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=make_scheduler(search, base.train.epochs),
+                num_samples=num_samples,
+                max_concurrent_trials=_concurrency(search.max_concurrent, base),
+            ),
+            run_config=tune.RunConfig(
+                name=job.job_id,
+                storage_path=private,
+                callbacks=[recorder],
+                stop=_StopWhenAsked(job.folder),
+                failure_config=tune.FailureConfig(max_failures=base.cluster.max_failures),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
     return recorder.close()
 
 
@@ -79,16 +81,17 @@ class _StopWhenAsked(tune.Stopper):
     The trials hold stop requests of their own by then: see `orchestrator.runs.stop`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = RunFolder(folder)
+    def __init__(self, folder: str) -> None:
+        self._place = folder  # Tune copies what it is given
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002 - Tune's signature
         return False
 
     def stop_all(self) -> bool:
-        if not self._folder.is_stop_requested():
+        folder = RunFolder.of(self._place)
+        if not folder.is_stop_requested():
             return False
-        trials = [RunFolder(path) for path in self._folder.root.glob("trials/*")]
+        trials = folder.children("trials")
         return all(trial.result() for trial in trials if trial.attempts())
 
 
@@ -113,20 +116,9 @@ def _train_trial(config: Config, folder: RunFolder) -> None:
     observer = ReportToTune(float(model_table(config).packed_bytes))
     if config.cluster.num_workers > 1:
         name = f"{folder.root.name}-{uuid.uuid4().hex[:8]}"  # a name used before would continue Ray's own state
-        follow_nested(folder, observer, lambda: launch(train_spec(config), folder, config.cluster, name))
+        follow_nested(folder, observer, lambda: launch(train_spec(config), folder, config, name))
     else:
-        _train_here(config, folder, observer)
-
-
-def _train_here(config: Config, folder: RunFolder, observer: ReportToTune) -> None:
-    import torch
-
-    from dabnn.distributed import World
-    from dabnn.train import train
-
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    device = "cuda" if config.cluster.gpus_per_worker else "cpu"
-    train(train_spec(config), folder, world=World.current(device), observer=observer)
+        train_here(train_spec(config), folder, config.cluster, observer)
 
 
 def _trial_resources(config: Config) -> dict[str, float]:
@@ -141,9 +133,9 @@ def _concurrency(asked: int | None, config: Config) -> int:
     """How many trials fit on the cluster at a time; nested trainers are invisible to Tune, so it must be told."""
     cluster = config.cluster
     resources = ray.cluster_resources()
-    fits = resources.get("CPU", 1) // (cluster.num_workers * cluster.cpus_per_worker)
+    fits = resources.get("CPU", 1) // (cluster.num_processes * cluster.cpus_per_worker)
     if cluster.gpus_per_worker:
-        fits = min(fits, resources.get("GPU", 0) // (cluster.num_workers * cluster.gpus_per_worker))
+        fits = min(fits, resources.get("GPU", 0) // (cluster.num_processes * cluster.gpus_per_worker))
     return max(1, min(int(fits), asked or int(fits)))
 
 

@@ -32,11 +32,13 @@ def main() -> int:
     job = Job.from_environment()
     config = job.parsed_config()
     folder = job.run_folder
-    ray.init(logging_level=logging.WARNING)
+    if config.cluster.num_workers:
+        ray.init(logging_level=logging.WARNING)
     say(f"run {job.name} ({job.run_id}), attempt {job.attempt}: {config.cluster.num_workers} workers")
     with following(job), printing_progress(folder):
         try:
-            result = launch(train_spec(config), folder, config.cluster, job.job_id)
+            spec = train_spec(config)
+            result = launch(spec, folder, config, job.job_id, tracking_uri=job.tracking_uri, tell=say)
         except DabError as error:
             result = {"status": "failed", "message": str(error)}
             leave_result(folder, result)
