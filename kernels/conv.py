@@ -48,8 +48,8 @@ def packed_conv2d(
     bias: Tensor | None = None,
     *,
     in_channels: int,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 1,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Convolves packed signs with packed two-valued filters; equals conv2d(sign(x), alpha * e + beta * (1 - e)) + bias.
@@ -97,8 +97,8 @@ def packed_conv2d_signs(
     falls: Tensor,
     *,
     in_channels: int,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 1,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 1,
 ) -> Tensor:
     """Convolves as `packed_conv2d` and keeps one bit of each value y of filter f: (y >= threshold[f]) xor falls[f].
 
@@ -306,8 +306,11 @@ def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    vertical, horizontal = value
+    return vertical, horizontal
 
 
 def _constant(tensor: Tensor) -> Tensor:

@@ -128,7 +128,14 @@ def _plan(
 ) -> _Plan:
     kernel, form = (weight_bits.shape[1], weight_bits.shape[2]), tile_form()
     place = lay_out(shape, kernel, steps, form)
-    filters = arrange(weight_bits, scalars, in_channels, place.valid, form)
+    # Images of other sizes have the same kinds of border, so the same filters.
+    tensors = [weight_bits, *(tensor for tensor in scalars if tensor is not None)]
+    filters = derived(
+        "conv_numba_filters",
+        tensors,
+        (in_channels, place.valid.tobytes(), scalars[2] is None),
+        lambda: arrange(weight_bits, scalars, in_channels, place.valid, form),
+    )
     places = (place.starts, place.kinds, place.places, place.rows, place.columns)
     return _Plan(filters, places, (in_channels, last_word(in_channels), *kernel, *steps, place.pair_step))
 

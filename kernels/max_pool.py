@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.packing import has_numba, is_plain_cpu
-from kernels.pool import pooled_size
+from kernels.pool import check_windows, pooled_size
 
 
 def max_pool2d(
@@ -34,10 +34,15 @@ def max_pool2d(
 
     Returns:
         (N, C, H', W') in the type of x, channels-last where x is.
+
+    Raises:
+        ValueError: kernel or stride below 1, a padding beyond half the window, or no window fits (RuntimeError where
+            torch pools).
     """
     is_plain = is_plain_cpu(x) and x.dtype == torch.float32 and x.dim() == 4 and not x.requires_grad
     if not is_plain or not has_numba() or not x.is_contiguous(memory_format=torch.channels_last):
         return F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil_mode)
+    check_windows(x.shape[2:], kernel, stride, padding, ceil_mode)
     from kernels import max_pool_numba
 
     sizes = [pooled_size(x.shape[2 + i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)]

@@ -152,14 +152,29 @@ def _check(
         )
     if is_and_bits.device != bits.device:
         raise ValueError(f"is_and_bits: on {is_and_bits.device}, bits on {bits.device}; move them to one device")
+    check_windows(bits.shape[1:3], kernel, stride, padding, ceil_mode)
+
+
+def check_windows(
+    pixels: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+) -> None:
+    """Refuses windows of a pooling that torch refuses, too, for an image of (height, width) pixels.
+
+    Raises:
+        ValueError: kernel or stride below 1, a padding beyond half the window, or no window fits.
+    """
     if min(kernel) < 1 or min(stride) < 1:
         raise ValueError(f"kernel: {kernel} with stride {stride}; both are at least 1")
     if min(padding) < 0 or any(2 * padding[i] > kernel[i] for i in (0, 1)):
         raise ValueError(
             f"padding: {padding} for a window of {kernel}; 0 to half the window, or one would hold nothing"
         )
-    if min(_sizes(bits, kernel, stride, padding, ceil_mode)) < 1:
-        raise ValueError(f"kernel: {kernel} does not fit into {tuple(bits.shape[1:3])} pixels with padding {padding}")
+    if min(pooled_size(pixels[i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)) < 1:
+        raise ValueError(f"kernel: {kernel} does not fit into {tuple(pixels)} pixels with padding {padding}")
 
 
 torch.library.define(

@@ -262,3 +262,12 @@ def test_threads_give_the_same_bits(threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found, float_path(signs, mask, alpha, beta, bias, (1, 1), (1, 1)))
+
+
+def test_lists_are_strides_and_paddings_too():
+    bits, weight_bits = pack_signs(torch.randn(1, 40, 6, 6)), pack_signs(torch.randn(8, 40, 3, 3))
+    alpha, beta = torch.randn(2, 8)
+    expected = packed_conv2d(bits, weight_bits, alpha, beta, in_channels=40, stride=(2, 1), padding=(1, 0))
+    assert torch.equal(
+        packed_conv2d(bits, weight_bits, alpha, beta, in_channels=40, stride=[2, 1], padding=[1, 0]), expected
+    )

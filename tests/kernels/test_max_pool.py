@@ -64,3 +64,21 @@ def test_gradients_are_torchs():
     max_pool2d(x, (2, 2), (2, 2)).sum().backward()
     assert x.grad is not None
     assert float(x.grad.sum()) == 8
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [
+        ((2, 2), (1, 1), (3, 3)),
+        ((0, 0), (1, 1), (0, 0)),
+        ((2, 2), (0, 1), (0, 0)),
+        ((2, 2), (1, 1), (-1, -1)),
+        ((9, 9), (1, 1), (0, 0)),
+    ],
+)
+def test_windows_that_torch_refuses_are_refused(kernel, stride, padding):
+    x = torch.zeros(1, 8, 4, 4).to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError):
+        F.max_pool2d(x, kernel, stride, padding)
+    with pytest.raises(ValueError, match=r"kernel|padding"):
+        max_pool2d(x, kernel, stride, padding)
