@@ -37,6 +37,7 @@ _LARGEST_PROBE_BYTES = 256 << 20
 _TELL_EVERY_S = 30.0
 _LOCK_LIMIT_S = 30.0
 _HASTY_S = 15.0
+_BEGIN_LIMIT_S = 240.0  # the other ranks wait meanwhile, and `torch.distributed` gives up after five minutes
 _LEFT_OUT = frozenset({_CONTROL, OWNER})
 _FOLDERS_LEFT_OUT = frozenset({CHECKPOINTS, "ray", "tune"})
 
@@ -79,12 +80,17 @@ class RunMirror:
         root: The local one; what an attempt before left there is used where it is ahead of the store.
         retry_s: How long the store may be away before `problem` says so.
         poll_s: Seconds between two looks at the local folder.
+
+    Attributes:
+        problem: Why nothing is sent any more; None while all is well.
+        on_wait: Called while `begin`, `settle` or `close` wait for a store that is away.
     """
 
     def __init__(self, url: str, root: Path, *, retry_s: float, poll_s: float = POLL_S) -> None:
         self.store = RunStore(url)
         self.folder = RunFolder(root)
         self.problem: DabError | None = None
+        self.on_wait: Callable[[], object] = lambda: None
         self._retry_s, self._poll_s = retry_s, poll_s
         self._id = uuid.uuid4().hex
         self._owner: Entry | None = None
@@ -101,14 +107,16 @@ class RunMirror:
             probe_bytes: Size of a checkpoint: where the store has none yet, so much is written there and removed again.
 
         Raises:
-            DabError: The store refuses, has no room for a checkpoint, does not answer for `retry_s`, or another process
-                of this machine works in the local folder.
+            DabError: The store refuses, has no room for a checkpoint, does not answer for four minutes, or another
+                process of this machine works in the local folder.
         """
         self._lock()
+        limit_s = min(self._retry_s, _BEGIN_LIMIT_S)
         try:
-            self._persist(lambda: self._claim(probe_bytes))
-            self._persist(self._bring)
-        except BaseException:
+            self._persist(lambda: self._claim(probe_bytes), limit_s)
+            self._persist(self._bring, limit_s)
+        except DabError as error:
+            self.problem = error
             self._unlock()
             raise
         for work, name in ((self._send_small, "small"), (self._send_checkpoints, "checkpoints")):
@@ -157,16 +165,17 @@ class RunMirror:
         if self._lock_file is not None:
             self._lock_file.close()
 
-    def _persist(self, call: Callable[[], None]) -> None:
+    def _persist(self, call: Callable[[], None], limit_s: float | None = None) -> None:
         told = time.monotonic()
 
         def tell(text: str) -> None:
             nonlocal told
+            self.on_wait()
             if time.monotonic() - told >= _TELL_EVERY_S:
                 told = time.monotonic()
                 _log.warning("%s", text)
 
-        patiently(call, str(self.store), self._retry_s, on_wait=tell)
+        patiently(call, str(self.store), self._retry_s if limit_s is None else limit_s, on_wait=tell)
 
     def _keep(self, work: Callable[[], None]) -> None:
         """Do `work` again and again; this is a thread of its own."""

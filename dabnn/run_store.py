@@ -10,6 +10,7 @@ import hashlib
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -88,6 +89,21 @@ def check_url(url: str) -> None:
             "s3://BUCKET/FOLDER."
         )
     _filesystem_class(parts.scheme)
+
+
+def check_access(url: str, limit_s: float = 10.0) -> None:
+    """Write, read and remove a small file, so that a store that will not take a run is found before there is one.
+
+    Raises:
+        InvalidInputError: As `check_url` says.
+        StoreError: The store refuses, is full, or does not answer for `limit_s`.
+    """
+    store, name, text = RunStore(url), f".probe-{uuid.uuid4().hex}", b"dab"
+    patiently(lambda: store.write(name, text), str(store), limit_s)
+    found = patiently(lambda: store.read(name), str(store), limit_s)
+    patiently(lambda: store.remove(name), str(store), limit_s)
+    if found != text:
+        raise StoreError(f"storage: {store}: what was written cannot be read back. Is that the server of this bucket?")
 
 
 class RunStore:

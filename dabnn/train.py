@@ -152,6 +152,7 @@ class _Loop:
 
     def _begin_mirror(self) -> None:
         if self.mirror is not None:
+            self.mirror.on_wait = lambda: self.watch.alive(self.position.step)
             self.mirror.begin(checkpoint_bytes(self.spec))
 
     def _settle(self) -> None:

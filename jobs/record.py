@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from dabnn.checkpoints import list_checkpoints
+from dabnn.checkpoints import Checkpoint, list_checkpoints
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
 from orchestrator import tracking
@@ -44,13 +44,13 @@ def leave_result(folder: RunFolder, result: dict[str, Any]) -> None:
     """Leave how the run ended in its folder; a full disk must not hide it from whoever reads the log or the tracker."""
     try:
         folder.write_result(result)
-    except OSError as error:
-        _log.warning("%s: the result cannot be written (%s): %s", folder.root, error, result)
+    except (OSError, DabError) as error:
+        _log.warning("%s: the result cannot be written (%s): %s", folder.location, error, result)
 
 
 def record_end(job: Job, result: dict[str, Any]) -> None:
     """Record checkpoints, the digest of the weights, the message and the final status."""
-    checkpoints = [asdict(checkpoint) for checkpoint in list_checkpoints(job.run_folder.checkpoints)]
+    checkpoints = [asdict(checkpoint) for checkpoint in _checkpoints(job.run_folder)]
     tags = {"dab.message": result.get("message", ""), "dab.weights_sha256": result.get("weights_sha256", "")}
     uri, run_id = job.tracking_uri, job.run_id
     _tolerate(lambda: tracking.log_json(uri, run_id, "checkpoints.json", checkpoints))
@@ -70,3 +70,11 @@ def _tolerate(call: Callable[[], None]) -> None:
         call()
     except DabError as error:
         _log.warning("%s (the run's folder keeps the record)", error)
+
+
+def _checkpoints(folder: RunFolder) -> list[Checkpoint]:
+    try:
+        return list_checkpoints(folder.fresh())
+    except DabError as error:
+        _log.warning("%s", error)
+        return list_checkpoints(folder)

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -24,7 +23,7 @@ NESTED_POLL_S = 0.5
 
 def trial_folder(job: Job, trial_id: str) -> RunFolder:
     """Return the folder of a trial, under the sweep's."""
-    return RunFolder(Path(job.folder) / "trials" / trial_id)
+    return job.run_folder.child(f"trials/{trial_id}")
 
 
 class ReportToTune:
@@ -143,7 +142,7 @@ class TrialRecorder(tune.Callback):
             config = None
         folder = trial_folder(self._job, trial.trial_id)
         name = f"{self._job.name}-t{self._numbers[trial.trial_id]:02d}"
-        tags = {"dab.kind": "trial", "dab.folder": str(folder.root), "dab.job_id": self._job.job_id}
+        tags = {"dab.kind": "trial", "dab.folder": folder.location, "dab.job_id": self._job.job_id}
         uri, parent = self._job.tracking_uri, self._job.run_id
         try:
             params = flatten(base) | point if config is None else flatten(config)
@@ -156,13 +155,13 @@ class TrialRecorder(tune.Callback):
             kind="train",
             run_id=run_id,
             name=name,
-            folder=str(folder.root),
+            folder=folder.location,
             attempt=1,
             config=to_dict(base if config is None else config),
         )
         if config is not None:  # what cannot run is not resumed either
             child.save()
-            (folder.root / "config.yaml").write_text(to_yaml(alone(config)))
+            folder.leave("config.yaml", to_yaml(alone(config)))
         self._children[trial.trial_id] = child
         record_start(child)
         if self._follower is not None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from dabnn.data.location import Location
 from dabnn.errors import InvalidInputError
 from orchestrator.config_errors import invalid_config, leaf_keys
 from orchestrator.config_rules import STAGE_TEACHER, check_config, check_name, check_written, unused
@@ -128,7 +129,7 @@ def resolve_paths(config: Config, base: Path | None = None) -> Config:
     start = Path.cwd() if base is None else base.absolute()
     train = _absolute(config.data.train, start)
     val = train if config.data.val is None else _absolute(config.data.val, start)
-    storage = None if config.storage is None else _absolute(config.storage, start)
+    storage = None if config.storage is None else _absolute(_without_scheme(config.storage), start)
     cache = None if config.data.cache_folder is None else _absolute(config.data.cache_folder, start)
     paths = {"data.train": train, "data.val": val, "data.cache_folder": cache, "storage": storage}
 
@@ -205,6 +206,11 @@ def _validate(raw: Mapping[str, Any]) -> Config:
         return Config.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
         raise invalid_config(Config, error) from None
+
+
+def _without_scheme(storage: str) -> str:
+    """Return the folder that a `file://` URL is; other places as they are."""
+    return Location.of(storage).place if storage.startswith("file://") else storage
 
 
 def _absolute(location: str, start: Path) -> str:

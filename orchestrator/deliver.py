@@ -44,8 +44,8 @@ def export_run(uri: str, reference: str, file: Path, *, half: bool = False, form
     chosen = form_of(file, form)
     deliver.make_folder_of(file)
     record = best_run(uri, reference)
-    data = Job.load(folder_of(record).root).parsed_config().data
-    checkpoint = best_checkpoint(folder_of(record).checkpoints)
+    data = Job.load(folder_of(record)).parsed_config().data
+    checkpoint = best_checkpoint(folder_of(record))
     val = data.val or data.train
     with TemporaryDirectory() as folder:
         verification, packed, file_bytes = deliver.export(
@@ -123,8 +123,8 @@ def evaluate_run(
         InvalidInputError: The run has no checkpoint yet, or the dataset cannot be used.
     """
     record = best_run(uri, reference)
-    config = Job.load(folder_of(record).root).parsed_config()
-    net = deliver.load_trained(best_checkpoint(folder_of(record).checkpoints).path)
+    config = Job.load(folder_of(record)).parsed_config()
+    net = deliver.load_trained(best_checkpoint(folder_of(record)).path)
     trained_on = config.data
     train = trained_on.train
     normalization = deliver.prepare(train, net.spec, trained_on.transform, trained_on.mean, trained_on.std)

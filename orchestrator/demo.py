@@ -6,12 +6,12 @@ trained one.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dabnn.checkpoints import BEST_METRIC
 from dabnn.data import build_dataset
 from dabnn.errors import DabError
+from dabnn.run_folder import RunFolder
 from orchestrator import tracking
 from orchestrator.config import Config, load_config, with_overrides
 from orchestrator.deliver import evaluate_file, export_run
@@ -119,7 +119,7 @@ def _trials(sweep: RunStatus) -> Iterator[RunStatus]:
 
 
 def _row(run: RunStatus) -> DemoRow:
-    config = Job.load(Path(run.folder)).parsed_config()
+    config = Job.load(RunFolder.of(run.folder)).parsed_config()
     table = model_table(config)
     binary = [row.index for row in table.layers if row.binary_weights]
     layers = f"{binary[0]}-{binary[-1]}" if binary else "none"

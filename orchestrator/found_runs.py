@@ -1,7 +1,5 @@
 """From the name of a run to what it left: its record, its folder, its best checkpoint."""
 
-from pathlib import Path
-
 from dabnn.checkpoints import best_checkpoint
 from dabnn.errors import InvalidInputError
 from dabnn.run_folder import RunFolder
@@ -18,7 +16,7 @@ def folder_of(record: RunRecord) -> RunFolder:
     path = record.tags.get("dab.folder")
     if not path:
         raise InvalidInputError(f"{record.name}: this run was not made by `dab submit`; it has no tag dab.folder.")
-    return RunFolder(Path(path))
+    return RunFolder.of(path)
 
 
 def best_run(uri: str, reference: str) -> RunRecord:
@@ -39,9 +37,9 @@ def best_run(uri: str, reference: str) -> RunRecord:
 
 
 def checkpoint_of(uri: str, reference: str) -> str:
-    """Return the file of the best checkpoint of a run, or of the best trial of a sweep.
+    """Return the path or URL of the best checkpoint of a run, or of the best trial of a sweep.
 
     Raises:
         InvalidInputError: There is no such run, or it has no checkpoint of its last stage yet.
     """
-    return best_checkpoint(folder_of(best_run(uri, reference)).checkpoints).path
+    return best_checkpoint(folder_of(best_run(uri, reference))).path

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dabnn.errors import DabError, InvalidInputError
-from dabnn.run_folder import RunFolder, write_json
+from dabnn.run_folder import RunFolder
 from orchestrator.config import Config
 
 VARIABLE = "DAB_JOB"
@@ -62,7 +62,7 @@ class Job:
     @property
     def run_folder(self) -> RunFolder:
         """The run's folder."""
-        return RunFolder(Path(self.folder))
+        return RunFolder.of(self.folder)
 
     def parsed_config(self) -> Config:
         """Return the configuration, validated again."""
@@ -74,25 +74,24 @@ class Job:
 
     def save(self) -> None:
         """Write `job.json` into the run's folder."""
-        root = Path(self.folder)
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(root / "job.json", asdict(self))
+        self.run_folder.leave_json("job.json", asdict(self))
 
     def next_attempt(self) -> "Job":
         """Return the description of the following attempt."""
         return replace(self, attempt=self.attempt + 1)
 
     @classmethod
-    def load(cls, folder: Path) -> "Job":
-        """Read `job.json`.
+    def load(cls, place: Path | RunFolder) -> "Job":
+        """Read `job.json` of a run's folder.
 
         Raises:
             InvalidInputError: The folder holds none.
         """
-        try:
-            return cls(**json.loads((folder / "job.json").read_text()))
-        except OSError as error:
-            raise InvalidInputError(f"{folder}: no run was submitted with this folder ({error}).") from error
+        folder = place if isinstance(place, RunFolder) else RunFolder(place)
+        values = folder.load_json("job.json")
+        if not values:
+            raise InvalidInputError(f"{folder.location}: no run was submitted with this folder: it has no job.json.")
+        return cls(**values)
 
     @classmethod
     def from_environment(cls) -> "Job":

@@ -18,6 +18,7 @@ from dabnn.errors import InvalidInputError
 from dabnn.learner import checkpoint_bytes
 from dabnn.models import ModelTable, Network, outline, skeleton
 from dabnn.options import LayerOptions
+from dabnn.run_store import check_access, check_url
 from dabnn.schedules import Schedule
 from dabnn.spec import (
     AugmentSpec,
@@ -54,10 +55,7 @@ def resolve(config: Config, find_run: Callable[[str], str] | None = None) -> Con
             does not exist, or weights are those of another architecture.
     """
     if config.storage is not None and is_url(config.storage):
-        raise InvalidInputError(
-            f"storage: {shown(config.storage)} is a URL; this version writes to folders only. Name a folder that every "
-            "node sees."
-        )
+        check_url(config.storage)
     _check_place("data.train", config.data.train)
     _check_place("data.val", config.data.val or config.data.train)
     train, val = (load_manifest(place) for place in (config.data.train, config.data.val or config.data.train))
@@ -101,7 +99,7 @@ def _check_place(field: str, place: str) -> None:
 
 
 def _weights_file(field: str, name: str, find_run: Callable[[str], str] | None) -> str:
-    if Path(name).is_file():
+    if Path(name).is_file() or is_url(name):  # one that cannot be loaded is refused with the networks
         return name
     if "/" in name or name.endswith(".pt") or find_run is None:  # no run is asked for: a wrong path is a wrong path
         raise InvalidInputError(
@@ -251,12 +249,19 @@ def _model(part: Config) -> dict[str, Any]:
     }
 
 
-def check_room(config: Config, storage: Path) -> None:
-    """Refuse a run whose checkpoints would not fit on the disk of `storage`.
+def check_room(config: Config, storage: Path | str) -> None:
+    """Refuse a run whose checkpoints would not fit on the disk of `storage`, or a URL that cannot be written to.
+
+    How much room there is behind a URL cannot be asked: before its first step a run writes as much as a checkpoint.
 
     Raises:
         InvalidInputError: Names the space needed and free.
+        DabError: The store refuses, is full, or does not answer.
     """
+    if is_url(str(storage)):
+        check_access(str(storage))
+        return
+    storage = Path(storage)
     policy = config.train.checkpoint
     kept = policy.keep_last + policy.keep_best + len(parts(config)) - 1  # the end of each stage stays
     needed = checkpoint_bytes(train_spec(config)) * (kept + 1)

@@ -6,7 +6,6 @@ The Jobs API knows what lives, MLflow and the run's folder what lasts.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from dabnn.checkpoints import list_checkpoints
@@ -135,9 +134,9 @@ def status(uri: str, reference: str) -> RunStatus:
         epoch=result.get("epoch", progress.get("epoch", 0)),
         step=result.get("step", progress.get("step", 0)),
         metrics=metrics,
-        checkpoints=[asdict(checkpoint) for checkpoint in list_checkpoints(folder.checkpoints)],
+        checkpoints=[asdict(checkpoint) for checkpoint in list_checkpoints(folder)],
         progress=progress,
-        folder=str(folder.root),
+        folder=folder.location,
         weights_sha256=result.get("weights_sha256", ""),
         tracking_uri=uri,
     )
@@ -148,7 +147,7 @@ def _record_late(uri: str, run_id: str, folder: RunFolder, state: Status, reason
     follower = tracking.MetricFollower(uri)
     follower.follow(folder.metrics_file, run_id)
     follower.close(timeout_s=_SEND_TIMEOUT_S)
-    checkpoints = [asdict(checkpoint) for checkpoint in list_checkpoints(folder.checkpoints)]
+    checkpoints = [asdict(checkpoint) for checkpoint in list_checkpoints(folder)]
     tracking.log_json(uri, run_id, "checkpoints.json", checkpoints)
     tags = {"dab.message": reason, "dab.weights_sha256": folder.result().get("weights_sha256", "")}
     tracking.set_tags(uri, run_id, tags)
@@ -188,7 +187,7 @@ def stop(
     last = status(uri, current.run_id)
     if last.status == "finished":  # it came to its end in the meantime
         return last
-    _record_late(uri, current.run_id, RunFolder(Path(current.folder)), "stopped", "stopped without a last checkpoint")
+    _record_late(uri, current.run_id, RunFolder.of(current.folder), "stopped", "stopped without a last checkpoint")
     return status(uri, current.run_id)
 
 
@@ -216,9 +215,9 @@ def resume(
         raise InvalidInputError(
             f"{current.name}: is a sweep, which cannot be resumed. Resume a trial of it, or submit the sweep again."
         )
-    folder = RunFolder(Path(current.folder))
+    folder = RunFolder.of(current.folder)
     # The tracker may have come back under another address since the last attempt.
-    job = replace(Job.load(folder.root).next_attempt(), tracking_uri=uri)
+    job = replace(Job.load(folder).next_attempt(), tracking_uri=uri)
     wanted = resolve_target(address) if address else target_of(tracking.find_run(uri, current.run_id))
     target, _ = ensure_services(uri, on_wait, target=wanted)
     reached = reach(target)
@@ -254,7 +253,7 @@ def read_logs(
     kept = home_folder("logs") / "ray-session" / f"job-driver-{job_id}.log"
     if not kept.exists():
         raise DabError(
-            f"{record.name}: its log was kept by a cluster that is gone. Its record is in {folder_of(record).root}."
+            f"{record.name}: its log was kept by a cluster that is gone. Its record is in {folder_of(record).location}."
         )
     yield kept.read_text(errors="replace")
 
@@ -274,9 +273,8 @@ def _job_status(record: RunRecord) -> str | None:
 
 
 def _stoppable(current: RunStatus) -> list[RunFolder]:
-    root = Path(current.folder)
-    trials = [RunFolder(path) for path in sorted(root.glob("trials/*"))] if current.kind == "sweep" else []
-    return [RunFolder(root), *trials]
+    folder = RunFolder.of(current.folder)
+    return [folder, *(folder.children("trials") if current.kind == "sweep" else [])]
 
 
 def _ends_within(uri: str, run_id: str, grace_s: float, on_wait: Callable[[str], None] | None) -> bool:

@@ -19,7 +19,7 @@ from dabnn.errors import DabError, InvalidInputError
 from dabnn.models import Network
 from dabnn.planner import Budget, Proposal, propose
 from dabnn.plans import numbered_convs
-from dabnn.run_folder import read_json
+from dabnn.run_folder import RunFolder
 from dabnn.sensitivity import LayerFigures, Samples, is_binary
 from dabnn.spec import DataSpec
 from orchestrator.config import Config, load_config, to_dict
@@ -129,13 +129,13 @@ def measure(
     """
     record = best_run(uri, reference)
     request = _request(uri, record, None if twin is None else best_run(uri, twin), num_images)
-    found = read_json(Path(request.folder) / FILE)
+    found = RunFolder.of(request.folder).load_json(FILE)
     if found.get("measured") == asdict(request.measured) and "error" not in found:
-        say(f"measured before: {Path(request.folder) / FILE}; remove it to measure again")
+        say(f"measured before: {RunFolder.of(request.folder).place_of(FILE)}; remove it to measure again")
     else:
         target, _ = ensure_services(uri, on_wait, target=target_of(record))
         found = _run_job(request, target, say)
-    root = folder_of(record).root
+    root = folder_of(record).fresh().root
     config = Job.load(root).parsed_config()
     return found | {
         "run_id": record.run_id,
@@ -213,10 +213,10 @@ def float_twin(config: Config, file: str) -> list[str]:
 
 
 def _request(uri: str, record: RunRecord, twin: RunRecord | None, num_images: int) -> Request:
-    folder = folder_of(record)
-    config = Job.load(folder.root).parsed_config()
-    checkpoint = best_checkpoint(folder.checkpoints)
-    twin_checkpoint = None if twin is None else best_checkpoint(folder_of(twin).checkpoints)
+    folder = folder_of(record).fresh()
+    config = Job.load(folder).parsed_config()
+    checkpoint = best_checkpoint(folder)
+    twin_checkpoint = None if twin is None else best_checkpoint(folder_of(twin))
     if twin is not None and twin_checkpoint is not None:
         command = shlex.join(float_twin(config, _file_of(folder.root)))
         _check_twin(command, record, checkpoint, twin, twin_checkpoint)
@@ -224,7 +224,7 @@ def _request(uri: str, record: RunRecord, twin: RunRecord | None, num_images: in
     return Request(
         job_id=f"dab-{record.run_id[:16]}-s{uuid.uuid4().hex[:12]}",
         run_id=record.run_id,
-        folder=str(folder.root),
+        folder=folder.location,
         tracking_uri=uri,
         checkpoint=checkpoint.path,
         twin_checkpoint=None if twin_checkpoint is None else twin_checkpoint.path,
@@ -279,7 +279,7 @@ def _run_job(request: Request, target: Target, say: Callable[[str], None]) -> di
     except KeyboardInterrupt:
         job_client(target).stop_job(request.job_id)
         raise
-    found = read_json(Path(request.folder) / FILE)
+    found = RunFolder.of(request.folder).load_json(FILE)
     if found.get("job_id") != request.job_id:
         raise DabError(f"sensitivity: the job {request.job_id} ended without figures; its log is above.")
     if "error" in found:

@@ -109,7 +109,6 @@ class Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         self.query = dict(parse_qsl(parts.query, keep_blank_values=True))
         self.bucket, _, self.key = unquote(parts.path).lstrip("/").partition("/")
-        self.status = 500
         try:
             self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             self.check_signature(parts.path)
@@ -120,8 +119,6 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(refusal.status, f"<Error><Code>{refusal.code}</Code><Message>{refusal.code}</Message></Error>")
         except ConnectionError:
             self.close_connection = True
-        with (self.root / "requests.log").open("a") as log:
-            log.write(f"{time.time()} {self.command} {quote(parts.path)} {self.status}\n")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = serve  # noqa: N815 - the base class looks for these
 
@@ -257,7 +254,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: str | bytes = b"", **headers: str) -> None:
         data = body.encode() if isinstance(body, str) else body
-        self.status = status
+        with (self.root / "requests.log").open("a") as log:  # first, as the server may be killed right after
+            log.write(f"{time.time()} {self.command} {quote(urlsplit(self.path).path)} {status}\n")
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

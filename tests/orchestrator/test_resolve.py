@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from range_server import RangeServer
+from s3_server import S3Server
 
 from dabnn.distributed import World
-from dabnn.errors import InvalidInputError
+from dabnn.errors import DabError, InvalidInputError
 from dabnn.learner import Learner, checkpoint_bytes
 from dabnn.models import build
 from orchestrator.config import Config, load_config, resolve_paths
@@ -121,8 +122,35 @@ def test_the_room_for_a_checkpoint_is_that_of_the_largest_stage(digits: Path) ->
     assert sizes[0] < sizes[1] == sizes[2]
 
 
-def test_a_url_is_refused_as_storage_instead_of_becoming_a_folder(digits: Path) -> None:
-    assert refusal(digits, "storage=s3://bucket/x").startswith("storage: s3://bucket/x is a URL")
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("http://host/x", "storage: http://host/x: http:// takes no files"),
+        ("gs://bucket/x", "storage: gs:// cannot be used here (Please install gcsfs"),
+        ("s3://KEY:hidden@bucket/x", "storage: s3://bucket/x: holds a user name, a password"),
+    ],
+)
+def test_a_url_that_keeps_no_runs_is_refused_as_storage(digits: Path, place: str, message: str) -> None:
+    assert refusal(digits, f"storage={place}").startswith(message)
+
+
+def test_storage_behind_a_url_is_tried_before_anything_is_created(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with S3Server(tmp_path) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        check_room(resolve(config(digits, "storage=s3://bucket/x")), "s3://bucket/x")
+        with pytest.raises(DabError, match=r"^storage: s3://none/x: there is no such bucket"):
+            check_room(resolve(config(digits)), "s3://none/x")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "wrong")
+        with pytest.raises(DabError, match=r"^storage: s3://bucket/x: the store refuses"):
+            check_room(resolve(config(digits)), "s3://bucket/x")
+        assert server.names() == []
+
+
+def test_storage_at_a_file_url_is_a_folder(digits: Path, tmp_path: Path) -> None:
+    assert resolve_paths(config(digits, f"storage={tmp_path.as_uri()}")).storage == str(tmp_path)
 
 
 def test_data_behind_a_url_resolves_like_the_folder(digits: Path, tmp_path: Path) -> None:
