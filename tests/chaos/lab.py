@@ -1,8 +1,8 @@
-"""A cluster of several machines: a head, nodes, one for services (the tracker, an object store), and a desk where `dab` is typed.
+"""A cluster of several machines: a head, nodes, one for services, and a desk where `dab` is typed.
 
-Every machine has Ray's token, its own DAB_HOME and its own temporary folder; the folder `shared` is the storage that all
-of them see. Ray is started once a node, as an administrator would, and again where it ended if the lab is asked to
-restart it, as a container platform does.
+The services are the experiment tracker and an object store. Every machine has Ray's token, its own DAB_HOME and its own
+temporary folder; the folder `shared` is the storage that all of them see. Ray is started once a node, as an
+administrator would; `mend` starts it again where it ended, as a container platform would.
 """
 
 import json
@@ -54,7 +54,6 @@ class Lab:
     Attributes:
         network: The machines.
         node_cpus: CPUs that each node hands out; the head hands out none.
-        restarts: Whether Ray is started again on a node where it ended.
     """
 
     def __init__(self, base: Path, *, node_cpus: int = 2, nodes: Sequence[str] = NODES) -> None:
@@ -62,7 +61,7 @@ class Lab:
         self.node_cpus = node_cpus
         self.token = base / "token"
         self._nodes = nodes
-        self._started: dict[str, "subprocess.Popen[str]"] = {}
+        self._started: dict[str, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Self:
         self.network.__enter__()
@@ -173,7 +172,7 @@ class Lab:
         self, what: str, machine: Machine, command: Sequence[str], more_env: Mapping[str, str] | None = None
     ) -> None:
         log = self.network.base / f"{what.replace(' ', '-')}.log"
-        self._started[what] = machine.start(command, env=self.env() | (more_env or {}), log=log)
+        self._started[what] = machine.start(command, env={**self.env(), **(more_env or {})}, log=log)
 
     def tracker_away(self, duration_s: float) -> None:
         """Kill the MLflow server and start it again after a while."""
@@ -252,6 +251,11 @@ class Lab:
                         found.append(process)
                 except psutil.Error:
                     continue
+        return found
+
+    def raylet(self, name: str) -> psutil.Process:
+        """Return the process that makes a machine a node."""
+        (found,) = [each for each in self.find("raylet/raylet", name) if each.name() == "raylet"]
         return found
 
     def dab(self, *arguments: object, timeout_s: float = 240) -> "subprocess.CompletedProcess[str]":

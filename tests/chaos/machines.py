@@ -2,7 +2,8 @@
 
 They hang on one switch and see nothing else, so nothing here listens where anyone could connect from outside, and the
 machine that runs the tests keeps no trace: interfaces and processes live in the namespaces and end with them, also when
-the tests are killed. One folder is the same on all machines, as NFS would be; `here` is the own disk of each.
+the tests are killed. The folder `shared` is the same on all machines, as NFS would be, and so is `small`, which has
+room for 8 MB; `here` is the own disk of each.
 """
 
 import os
@@ -18,11 +19,11 @@ import psutil
 
 _NETWORK = "10.77.0"
 _FIRST_HOST = 10
-_SHM_SIZE = "256m"
+_SHM_SIZE, _SMALL_SIZE = "256m", "8m"
 _PROGRAMS = ("ip", "mount", "nsenter", "unshare")
 
-# Becomes the first process of a machine. `cat` ends when whoever started the machine is gone, however that came about, and
-# the kernel then ends every process of the machine; the shell takes in what is orphaned there.
+# Becomes the first process of a machine. `cat` ends when whoever started the machine is gone, however that came about,
+# and the kernel then ends every process of the machine; the shell takes in what is orphaned there.
 _BOOT = """
 set -e
 hostname "$1"
@@ -33,6 +34,16 @@ mount -t tmpfs -o size="$3" shm /dev/shm
 echo ready
 cat > /dev/null
 exit 0
+"""
+
+# Holds the network between the machines, and a shared folder of little room.
+_SWITCH = """
+set -e
+ip link add switch type bridge
+ip link set switch up
+mount -t tmpfs -o size="$2" small "$1"
+echo ready
+exec cat
 """
 
 
@@ -79,9 +90,12 @@ class Machine:
         self.disk.mkdir(parents=True, exist_ok=True)
         log = self._network.base / f"{self.name}.boot"
         with log.open("w") as errors:
+            command = self._network.beside(
+                _unshare("sh", "-c", _BOOT, "boot", self.name, str(self._network.base), _SHM_SIZE)
+            )
             boot = subprocess.Popen(
-                _unshare("sh", "-c", _BOOT, "boot", self.name, str(self._network.base), _SHM_SIZE),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True, cwd="/",
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd="/",
+                start_new_session=True,
             )  # fmt: skip
         assert boot.stdout is not None
         assert boot.stdout.readline() == "ready\n", f"{self.name}: did not boot: {log.read_text()}"
@@ -159,19 +173,19 @@ class Network:
 
     def __init__(self, base: Path, names: Sequence[str]) -> None:
         self.base = base
-        self.here, self.shared = base / "here", base / "shared"
+        self.here, self.shared, self.small = base / "here", base / "shared", base / "small"
         addresses = {name: f"{_NETWORK}.{_FIRST_HOST + place}" for place, name in enumerate(names)}
         self.machines = {name: Machine(self, name, address) for name, address in addresses.items()}
         self._switch: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
-        for folder in (self.here, self.shared):
+        for folder in (self.here, self.shared, self.small):
             folder.mkdir(parents=True)
         hosts = [f"{machine.address} {machine.name}" for machine in self.machines.values()]
         (self.base / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
         (self.base / "resolv.conf").write_text("")
         self._switch = subprocess.Popen(
-            ["unshare", "--net", "sh", "-c", "ip link add switch type bridge && ip link set switch up && echo ready && exec cat"],
+            ["unshare", "--net", "--mount", "sh", "-c", _SWITCH, "switch", str(self.small), _SMALL_SIZE],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd="/",
         )  # fmt: skip
         try:
@@ -210,11 +224,20 @@ class Network:
                 time.sleep(0.1)
         self.at_switch(["ip", "link", "set", name, "master", "switch", "up"])
 
-    def at_switch(self, command: Sequence[str]) -> None:
-        """Run a command in the switch's network namespace."""
+    @property
+    def small_outside(self) -> Path:
+        """The folder `small` as it is seen from outside."""
         assert self._switch is not None
-        target = ["nsenter", "--target", str(self._switch.pid), "--net", "--"]
-        done = subprocess.run([*target, *command], capture_output=True, text=True, check=False)
+        return Path(f"/proc/{self._switch.pid}/root{self.small}")
+
+    def beside(self, command: Sequence[str]) -> list[str]:
+        """Return a command that runs among the mounts and in the network of the switch."""
+        assert self._switch is not None
+        return ["nsenter", "--target", str(self._switch.pid), "--net", "--mount", "--", *command]
+
+    def at_switch(self, command: Sequence[str]) -> None:
+        """Run a command at the switch."""
+        done = subprocess.run(self.beside(command), capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"switch: {' '.join(command)}: {done.stderr}"
 
 

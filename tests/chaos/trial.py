@@ -4,7 +4,8 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from dabnn.checkpoints import list_checkpoints
 from dabnn.run_folder import RunFolder
 
 CONFIG = ROOT / "examples" / "digits.yaml"
-WORKER = "ray::RayTrainWorker"
-DRIVER = "-m jobs.train"
+WORKER, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
+DRIVER, SUPERVISOR = "-m jobs.train", "-m jobs.supervise"
 _TIMES = ("epoch_s", "images_per_s")  # what no two runs share
-_LIMIT_S = 300.0
+_LIMIT_S = 400.0
+_REPORTS_S = 3.0
+_CALM = ("submitted", "resumed")
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Outcome:
 
     Attributes:
         fault: What was done.
-        detected_after_s: Until the program had noticed, as its own record of events says; None where it need not notice.
-        recovered_after_s: Until it was training again after the fault was there; 0 where training never paused.
+        detected_after_s: Until the program had noticed, as its record of events says; None where it noted nothing.
+        recovered_after_s: The longest time without a step from then on; 0 where training never paused.
         steps_lost: Steps that were taken and had to be taken again.
         attempts: Starts of the training loop.
         remark: What else there is to know.
@@ -90,7 +93,7 @@ class Trial:
 
     def _trained_since(self, attempt: dict[str, Any]) -> bool:
         progress = self.folder.progress()
-        return progress.get("time", 0) > attempt["time"]
+        return bool(progress.get("time", 0) > attempt["time"])
 
     def events(self) -> list[dict[str, Any]]:
         """Return what was noticed about the run."""
@@ -101,14 +104,10 @@ class Trial:
         """Return its workers, on the named machines or on all."""
         return self._own(WORKER, *names)
 
-    def driver(self) -> psutil.Process:
-        """Return the program of its job."""
-        (found,) = [each for each in self._own(DRIVER, "head") if not each.cmdline()[0].endswith("sh")]
+    def one(self, title: str) -> psutil.Process:
+        """Return its only process with this title."""
+        (found,) = [each for each in self._own(title) if not each.cmdline()[0].endswith("sh")]
         return found
-
-    def main_machine(self) -> str:
-        """Return the machine of rank 0, which alone has the run's files open or writes them: the first by address."""
-        return next(name for name in self.lab.machines if self.workers(name))
 
     def processes(self) -> list[psutil.Process]:
         """Return all processes of its jobs."""
@@ -142,6 +141,18 @@ class Trial:
         assert status["status"] == "finished", status["message"]
         return status
 
+    def lose_and_resume(self, act: Callable[[], object]) -> float:
+        """Do something after which only a person can help; continue with `dab resume` once `dab status` says failed.
+
+        Returns:
+            When it did.
+        """
+        act()
+        wait_until(lambda: self.status()["status"] == "failed", 120, 1.0, what="its loss seen by dab status")
+        seen_at = time.time()
+        self.resume()
+        return seen_at
+
     def resume(self) -> None:
         """Continue it with `dab resume`."""
         done = self.lab.dab("resume", self.run_id, "--detach")
@@ -158,64 +169,93 @@ def submit(lab: Lab, name: str, data: Path, *changes: str) -> Trial:
     return Trial(lab, answer["run_id"], RunFolder(lab.shared / "runs" / answer["run_id"]))
 
 
-# About a second an epoch on two cores, most of it spent on waiting for Ray between epochs.
-EPOCHS, STEPS_PER_EPOCH = 30, 23
+# Half a second to a second an epoch on two idle cores.
+EPOCHS, STEPS_PER_EPOCH = 12, 23
 SETTINGS = (
     "data.batch_size=64", "model.width=0.0625", f"train.epochs={EPOCHS}", "train.checkpoint.every_steps=10",
     "cluster.placement=spread", "cluster.max_failures=3",
 )  # fmt: skip
 
 
-def strike(trial: Trial, fault: str, act: Callable[[], object], *, remark: str = "") -> Outcome:
-    """Do something that ends the attempt, wait until the next one trains, and return what that cost."""
-    number = trial.attempts
-    begun = time.time()
-    act()
-    newest = trial.step
+def measure(
+    trial: Trial, fault: str, act: Callable[[], float | None], *, restarts: bool | None = True, remark: str = ""
+) -> Outcome:
+    """Do something to a run, wait until it trains again after that, and return what it cost.
 
-    def is_begun() -> bool:
-        nonlocal newest
-        if trial.attempts > number:
-            return True
-        newest = max(newest, trial.step)
-        return trial.is_over()
-
-    wait_until(is_begun, _LIMIT_S, what="the next attempt")
-    attempt = trial.wait_for_attempt(number + 1)
-    recovered = time.time() - begun
-    noticed = [event["time"] - begun for event in trial.events() if event["time"] >= begun]
-    lost = max(0, newest - attempt["start_step"])
-    return Outcome(fault, min(noticed, default=None), recovered, lost, trial.attempts, remark)
-
-
-def longest_pause(trial: Trial, fault: str, act: Callable[[], object], *, remark: str = "") -> Outcome:
-    """Do something that the attempt survives; return the longest time without a step from then until `act` is over."""
-    number, begun = trial.attempts, time.time()
-    pause, seen, lowest = 0.0, begun, trial.step
-    for _ in _meanwhile(act):
-        progress = trial.folder.progress()
-        pause = max(pause, time.time() - max(begun, progress.get("time", begun)))
-        seen = progress.get("time", seen)
-    noticed = [event["time"] - begun for event in trial.events() if event["time"] >= begun]
-    assert trial.attempts == number, "the attempt did not survive"
-    assert trial.step >= lowest
-    return Outcome(fault, min(noticed, default=None), pause, 0, number, remark)
-
-
-def _meanwhile(act: Callable[[], object]) -> Iterator[None]:
-    """Yield every 0.1 s while `act` runs in a thread."""
-    from concurrent.futures import ThreadPoolExecutor
-
+    Args:
+        trial: The run.
+        fault: What is done, in words.
+        act: Does it; may return when the program had noticed, for what leaves no event.
+        restarts: Whether this must end the attempt, must not, or may (None).
+        remark: What else there is to know.
+    """
+    watch = _Watch(trial)
     with ThreadPoolExecutor(1) as pool:
         doing = pool.submit(act)
-        while not doing.done():
-            yield
+        watch.until(doing.done)
+        noticed = doing.result()
+    done_at = time.time()
+    watch.until(lambda: watch.trained_at > done_at and not (restarts and trial.attempts == watch.number))
+    if restarts is not None:
+        assert (trial.attempts > watch.number) == restarts, f"attempt {trial.attempts} after {watch.number}"
+    told = [event["time"] for event in trial.events() if event["time"] >= watch.begun and event["what"] not in _CALM]
+    times = [*told, *([] if noticed is None else [noticed])]
+    detected = min(times) - watch.begun if times else None
+    return Outcome(fault, detected, watch.pause_s, watch.steps_lost, trial.attempts, remark)
+
+
+class _Watch:
+    """What is seen of a run from the moment of a fault on.
+
+    Attributes:
+        number: Attempts at that moment.
+        begun: That moment.
+        trained_at: When the newest step that is known of was told.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial, self.number, self.begun = trial, trial.attempts, time.time()
+        self.trained_at = 0.0
+        self._pause_s = 0.0
+        self._reached = {self.number: trial.step}
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Look at the run ten times a second until a condition holds."""
+        deadline = time.time() + _LIMIT_S
+        while not condition():
+            self._look()
+            over = self.trial.folder.result()
+            assert not over or over["status"] != "failed", f"failed: {over['message']}"
+            assert time.time() < deadline, f"training has not gone on within {_LIMIT_S:.0f} s"
+            if over:
+                return
             time.sleep(0.1)
-        doing.result()
+
+    def _look(self) -> None:
+        number, progress = self.trial.attempts, self.trial.folder.progress()
+        if not progress:
+            return
+        began_at = self.trial.folder.attempts()[-1]["time"]
+        if progress["time"] > began_at:
+            self._reached[number] = max(self._reached.get(number, 0), progress["step"])
+            self.trained_at = progress["time"]
+        since = max(self.begun, self.trained_at)
+        self._pause_s = max(self._pause_s, time.time() - since)
+
+    @property
+    def pause_s(self) -> float:
+        """The longest time without a step; 0 where there was none longer than two reports of progress."""
+        return self._pause_s if self._pause_s > _REPORTS_S else 0.0
+
+    @property
+    def steps_lost(self) -> int:
+        """Steps that had to be taken again in all attempts since."""
+        starts = {each["attempt"]: each["start_step"] for each in self.trial.folder.attempts()}
+        return sum(max(0, step - starts[number + 1]) for number, step in self._reached.items() if number + 1 in starts)
 
 
 def comparable(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """Return the metrics of each epoch that any two runs of one configuration share, the order of the samples included."""
+    """Return the metrics of each epoch that runs of one configuration share, the order of the samples included."""
     return {
         line["step"]: {key: value for key, value in line["metrics"].items() if key not in _TIMES} for line in lines
     }  # fmt: skip
@@ -223,9 +263,8 @@ def comparable(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
 
 def problems(trial: Trial, undisturbed: RunFolder) -> list[str]:
     """Return in which ways a run that is over differs from one that nothing happened to, and what it left behind."""
-    own, other = trial.folder.result(), undisturbed.result()
     found = []
-    if own["weights_sha256"] != other["weights_sha256"]:
+    if trial.folder.result()["weights_sha256"] != undisturbed.result()["weights_sha256"]:
         found.append("other final weights")
     expected = comparable(undisturbed.metrics())
     if comparable(trial.folder.metrics()) != expected:
@@ -238,11 +277,11 @@ def problems(trial: Trial, undisturbed: RunFolder) -> list[str]:
 def _difference(own: dict[int, dict[str, float]], other: dict[int, dict[str, float]]) -> str:
     if own.keys() != other.keys():
         return f"epochs {sorted(own.keys() ^ other.keys())}"
-    return "; ".join(
-        f"epoch {epoch}: {sorted(key for key in own[epoch].keys() | other[epoch].keys() if own[epoch].get(key) != other[epoch].get(key))[:4]}"
-        for epoch in own
-        if own[epoch] != other[epoch]
-    )[:500]
+    told = []
+    for epoch, values in own.items():
+        keys = sorted(key for key in values.keys() | other[epoch].keys() if values.get(key) != other[epoch].get(key))
+        told += [f"epoch {epoch}: {', '.join(keys[:4])}"] if keys else []
+    return "; ".join(told[:4])
 
 
 def _tracker_problems(trial: Trial, expected: dict[int, dict[str, float]]) -> list[str]:
