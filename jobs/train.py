@@ -20,6 +20,7 @@ from dabnn.run_folder import RunFolder
 from jobs.launch import launch
 from jobs.record import FLUSH_TIMEOUT_S, leave_result, record_end, record_start
 from orchestrator.job import Job
+from orchestrator.origin import begin, origin_of
 from orchestrator.resolve import train_spec
 from orchestrator.tracking import MetricFollower
 
@@ -37,6 +38,7 @@ def main() -> int:
     say(f"run {job.name} ({job.run_id}), attempt {job.attempt}: {config.cluster.num_workers} workers")
     with following(job), printing_progress(folder):
         try:
+            begin(folder, origin_of(config))
             spec = train_spec(config)
             result = launch(spec, folder, config, job.job_id, tracking_uri=job.tracking_uri, tell=say)
         except DabError as error:

@@ -113,9 +113,18 @@ def submit_run(
     return _follow_to_end(job, target, detach=detach, say=say)
 
 
-def resume_run(uri: str | None, reference: str, *, detach: bool, say: Say, address: str | None = None) -> View:
+def resume_run(
+    uri: str | None,
+    reference: str,
+    *,
+    detach: bool,
+    say: Say,
+    address: str | None = None,
+    is_forced: bool = False,
+) -> View:
     """Resume a stopped or failed run, on the cluster it was on or another, and follow it to its end unless `detach`."""
-    job, target = runs.resume(tracking_uri(uri, say, reference), reference, patiently(say), address=address)
+    tracker = tracking_uri(uri, say, reference)
+    job, target = runs.resume(tracker, reference, patiently(say), address=address, is_forced=is_forced)
     say(f"resumed {job.name} as attempt {job.attempt}")
     return _follow_to_end(job, target, detach=detach, say=say)
 
@@ -393,12 +402,13 @@ def _status_view(current: RunStatus) -> View:
         "epoch": f"{current.epoch}/{progress['epochs']}" if progress else "",
         "step": current.step,
         "rate": f"{progress['images_per_s']:.0f} images/s" if progress else "",
-        "left": duration_text(progress["eta_s"]) if progress and current.status == "running" else "",
+        "left": duration_text(progress["eta_s"]) if progress.get("eta_s") and current.status == "running" else "",
         "metrics": ", ".join(f"{key} {value:.4g}" for key, value in headline(current.metrics).items()),
         "checkpoints": ", ".join(Path(checkpoint["path"]).name for checkpoint in current.checkpoints),
         "folder": current.folder,
     }
-    return asdict(current), "\n".join(f"{key}: {value}" for key, value in lines.items() if value not in ("", None))
+    text = "\n".join(f"{key}: {value}" for key, value in lines.items() if value not in ("", None))
+    return asdict(current), "\n  ".join([f"{text}\nstory:", *current.story]) if current.story else text
 
 
 def _with_trials(records: list[RunRecord]) -> list[RunRecord]:

@@ -16,8 +16,10 @@ from orchestrator.found_runs import folder_of as folder_of
 from orchestrator.home import home_folder
 from orchestrator.job import Job, is_job_of
 from orchestrator.jobs_api import ENDED_JOBS, LIVING_JOBS, follow_job, job_log, job_status, stop_job
+from orchestrator.origin import expect
 from orchestrator.reach import reach
 from orchestrator.sent_runs import target_of
+from orchestrator.story import story
 from orchestrator.submit import check_size, ensure_services, submit_job
 from orchestrator.target import Target, resolve_target
 from orchestrator.tracking import RunRecord, Status
@@ -46,6 +48,8 @@ class RunStatus:
         folder: The run's folder.
         weights_sha256: Digest of the final weights, or empty.
         tracking_uri: Where the run is recorded.
+        story: What happened to it, a sentence each, oldest first; empty for a run that nothing happened to.
+        events: The same as it was noted, see `RunFolder.append_event`.
     """
 
     run_id: str
@@ -62,6 +66,8 @@ class RunStatus:
     folder: str
     weights_sha256: str
     tracking_uri: str
+    story: list[str]
+    events: list[dict[str, Any]]
 
 
 def decide_status(tracked: Status, job: str | None, left: Status | None) -> tuple[Status, str]:
@@ -139,6 +145,8 @@ def status(uri: str, reference: str) -> RunStatus:
         folder=folder.location,
         weights_sha256=result.get("weights_sha256", ""),
         tracking_uri=uri,
+        story=story(folder),
+        events=folder.events(),
     )
 
 
@@ -163,7 +171,7 @@ def stop(
     A trial is only ever asked, because its job is that of its sweep.
 
     Raises:
-        InvalidInputError: The run has ended already.
+        InvalidInputError: The run has ended already, or is being stopped already.
         DabError: A trial did not end.
     """
     current = status(uri, reference)
@@ -174,6 +182,7 @@ def stop(
     is_trial = current.kind == "trial" and not is_job_of(record.tags.get("dab.job_id", ""), record.run_id)
     if is_trial and now:
         raise InvalidInputError(f"--now: {current.name} shares the job of its sweep. Leave it out, or stop the sweep.")
+    _refuse_second_stop(current, now=now)
     if is_trial or (not now and current.status == "running"):
         for folder in _stoppable(current):
             folder.request_stop()
@@ -191,8 +200,27 @@ def stop(
     return status(uri, current.run_id)
 
 
+def _refuse_second_stop(current: RunStatus, *, now: bool) -> None:
+    """Note that a stop is asked for, and refuse one that was asked for before."""
+    folder = RunFolder.of(current.folder)
+    asked = folder.load_json(folder.control_file.name)
+    if asked and not now:
+        since_s = time.time() - float(asked.get("time", 0))
+        raise InvalidInputError(
+            f"{current.name}: is being stopped already, since {since_s:.0f} s; it ends when its last checkpoint is "
+            f"written. `dab stop {current.run_id[:8]} --now` ends it without one."
+        )
+    what = "it was ended at once" if now else "a stop was asked for"
+    folder.append_event({"what": what, "step": current.step, "attempt": current.attempts})
+
+
 def resume(
-    uri: str, reference: str, on_wait: Callable[[str], None] | None = None, *, address: str | None = None
+    uri: str,
+    reference: str,
+    on_wait: Callable[[str], None] | None = None,
+    *,
+    address: str | None = None,
+    is_forced: bool = False,
 ) -> tuple[Job, Target]:
     """Submit the next attempt of a run that stopped or failed; it continues from its newest checkpoint.
 
@@ -201,9 +229,11 @@ def resume(
         reference: The run.
         on_wait: Told what is being waited for.
         address: Another cluster than the one it was on, as `orchestrator.target.resolve_target` takes it.
+        is_forced: Accept other code and another environment than the run began with.
 
     Raises:
-        InvalidInputError: The run is still going, has finished, or is a sweep.
+        InvalidInputError: The run is still going, has finished, or is a sweep; or something differs from what it began
+            with.
     """
     current = status(uri, reference)
     if current.status not in ("stopped", "failed"):
@@ -219,6 +249,7 @@ def resume(
     # The tracker may have come back under another address since the last attempt.
     job = replace(Job.load(folder).next_attempt(), tracking_uri=uri)
     wanted = resolve_target(address) if address else target_of(tracking.find_run(uri, current.run_id))
+    expect(folder, job.parsed_config(), is_here=wanted.is_embedded, is_forced=is_forced)
     target, _ = ensure_services(uri, on_wait, target=wanted)
     reached = reach(target)
     check_size(job.parsed_config().cluster, target, reached)

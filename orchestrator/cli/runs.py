@@ -99,11 +99,18 @@ def stop(
 
 @app.command("resume", epilog="Example: dab resume 3f2a")
 def resume(
-    run: Run, detach: Detach = False, uri: TrackingUri = None, address: Address = None, as_json: Json = False
+    run: Run,
+    force: Annotated[
+        bool, typer.Option("--force", help="Accept other code and another environment than the run began with.")
+    ] = False,
+    detach: Detach = False,
+    uri: TrackingUri = None,
+    address: Address = None,
+    as_json: Json = False,
 ) -> None:
     """Continue a stopped or failed run from its newest checkpoint, on the cluster it was on unless another is named."""
     from orchestrator import commands
 
     out = Output(is_json=as_json)
-    out.result(*commands.resume_run(uri, run, detach=detach, say=out.note, address=address))
+    out.result(*commands.resume_run(uri, run, detach=detach, say=out.note, address=address, is_forced=force))
     out.hint("dab", *(["logs", run, "--follow"] if detach else ["status", run]))
