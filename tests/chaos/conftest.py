@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from lab import ROOT, Lab
+from lab import Lab
 from machines import why_no_machines
-from trial import CONFIG, SETTINGS, Outcome
+from trial import Outcome, plain_run
 
 from dabnn.run_folder import RunFolder
 
@@ -48,22 +47,6 @@ def data(lab: Lab) -> Path:
 def undisturbed(lab: Lab, data: Path) -> RunFolder:
     """The same run under plain torchrun: what every disturbed one must come to."""
     return plain_run(lab, data, "undisturbed")
-
-
-def plain_run(lab: Lab, data: Path, name: str, *changes: str) -> RunFolder:
-    """Train without Ray and without a cluster, two processes on the desk."""
-    from orchestrator.config import load_config
-    from orchestrator.resolve import resolve, train_spec
-
-    values = [f"data.train={data}", *SETTINGS, *changes]
-    spec = lab.shared / f"{name}.json"
-    spec.write_text(json.dumps(train_spec(resolve(load_config(CONFIG, values), str)).to_dict()))
-    folder = RunFolder(lab.shared / name)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = lab.env() | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
-    lab.machines["desk"].run([*command, "-m", "dabnn.train", str(spec), str(folder.root)], env=env, timeout_s=300)
-    assert folder.result()["status"] == "finished"
-    return folder
 
 
 @pytest.fixture

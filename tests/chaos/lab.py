@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import psutil
+import s3_server
 from machines import Machine, Network
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +28,8 @@ NODES = ("node1", "node2")
 SPARE = "node3"
 DASHBOARD_PORT = 8265
 _CONTROL_PORT = 6379
-_TRACKER_PORT = 5000
-_READY_S = 180.0
+_TRACKER_PORT, _STORE_PORT = 5000, 9000
+_READY_S = 400.0
 _FOREIGN = ("RAY_", "MLFLOW_", "DAB_", "AWS_", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 
 # Prints what a URL answers; run on a machine of the lab, since nothing else reaches it.
@@ -60,7 +61,7 @@ class Lab:
         self.network = Network(base, ["head", *NODES, SPARE, "services", "desk"])
         self.node_cpus = node_cpus
         self.token = base / "token"
-        self._nodes = nodes
+        self._nodes = list(nodes)
         self._started: dict[str, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Self:
@@ -71,6 +72,8 @@ class Lab:
             for name in self.machines:
                 for folder in ("home", "tmp", "ray"):
                     (self.machines[name].disk / folder).mkdir()
+            self.bucket.mkdir(parents=True)
+            self.start_store()
             self.start_tracker()
             self.start_head()
             for name in self._nodes:
@@ -78,13 +81,17 @@ class Lab:
             self.mend()
             self.name_cluster()
         except BaseException:
-            self.network.close()
+            self.close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the power away from all machines."""
         self.network.close()
         for process in self._started.values():
             process.wait()
@@ -124,6 +131,11 @@ class Lab:
             "DAB_HOME": str(here / "home"),
             "TMPDIR": str(here / "tmp"),
             "OMP_NUM_THREADS": "1",
+            "AWS_ACCESS_KEY_ID": s3_server.KEY_ID,
+            "AWS_SECRET_ACCESS_KEY": s3_server.SECRET,
+            "AWS_ENDPOINT_URL": f"http://{self.machines['services'].address}:{_STORE_PORT}",
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -161,6 +173,33 @@ class Lab:
         ]  # fmt: skip
         settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         self._start("tracker", machine, command, settings)
+
+    def start_store(self) -> None:
+        """Start the object store; what it was given before is there."""
+        machine = self.machines["services"]
+        settings = {"root": str(self.network.here / "s3"), "host": machine.address, "port": _STORE_PORT}
+        self._start("store", machine, [sys.executable, s3_server.__file__, json.dumps(settings)])
+
+    def stop_store(self) -> None:
+        """Kill the object store."""
+        for process in self.find("s3_server", "services"):
+            kill(process)
+
+    @property
+    def bucket(self) -> Path:
+        """The folder that holds what the object store was given."""
+        return self.machines["services"].disk / "s3" / "objects" / str(s3_server.BUCKET)
+
+    def add_node(self, name: str) -> None:
+        """Start Ray on one more machine."""
+        self._nodes.append(name)
+        self.start_node(name)
+
+    def remove_node(self, name: str) -> None:
+        """Take a machine away for good: its power first."""
+        if name in self._nodes:
+            self._nodes.remove(name)
+            self.machines[name].power_off()
 
     def stop_tracker(self) -> None:
         """Kill the MLflow server."""

@@ -6,21 +6,36 @@ tracker once.
 """
 
 import functools
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import Lab, kill
-from trial import CONTROLLER, DRIVER, SUPERVISOR, Outcome, Trial, measure, problems, submit
+from lab import SPARE, Lab, kill, wait_until
+from s3_server import BUCKET
+from trial import (
+    CONTROLLER,
+    DRIVER,
+    SUPERVISOR,
+    Outcome,
+    Trial,
+    measure,
+    order_problems,
+    plain_run,
+    problems,
+    submit,
+)
 
+from dabnn.checkpoints import is_intact, list_checkpoints
 from dabnn.run_folder import RunFolder
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 _MIDDLE = 100  # a step in mid-epoch, several checkpoints after the start
 
+STORE = f"s3://{BUCKET}/runs"
 Survives = Callable[..., Trial]
 
 
@@ -34,8 +49,10 @@ def _whole_lab(lab: Lab) -> None:
 def survives(lab: Lab, data: Path, undisturbed: RunFolder, tell: Callable[[Outcome], None]) -> Survives:
     """Give what submits a run, does something to it, adds a row to the table, and checks how the run ends."""
 
-    def survive(fault: str, act: Callable[[Trial], float | None], *changes: str, **expected: Any) -> Trial:
-        trial = submit(lab, fault.replace(" ", "-"), data, *changes)
+    def survive(
+        fault: str, act: Callable[[Trial], float | None], *changes: str, storage: Path | None = None, **expected: Any
+    ) -> Trial:
+        trial = submit(lab, fault.replace(" ", "-"), data, *changes, storage=storage)
         trial.wait_for_step(_MIDDLE)
         tell(measure(trial, fault, functools.partial(act, trial), **expected))
         trial.finish()
@@ -137,3 +154,63 @@ def test_driver_and_worker_killed_at_once(survives: Survives) -> None:
         kill(driver)
 
     survives("a worker and the driver are killed at once", lose_both)
+
+
+def test_store_that_is_away_stops_nothing(lab: Lab, survives: Survives) -> None:
+    def away(_: Trial) -> None:
+        lab.stop_store()
+        time.sleep(20)
+        lab.start_store()
+
+    fault = "the object store is away for 20 s"
+    survives(fault, away, f"storage={STORE}", storage=lab.bucket / "runs", restarts=False)
+
+
+def test_machine_of_rank_0_lost_with_the_run_in_the_object_store(lab: Lab, survives: Survives) -> None:
+    def lose(trial: Trial) -> None:
+        (name,) = [name for name in lab.machines if trial.working.root.is_relative_to(lab.machines[name].disk)]
+        lab.machines[name].power_off()
+
+    fault = "the node of rank 0, with the run in the object store, loses its power"
+    survives(fault, lose, f"storage={STORE}", storage=lab.bucket / "runs")
+
+
+def test_full_storage_fails_the_run_and_harms_no_checkpoint(
+    lab: Lab, data: Path, undisturbed: RunFolder, tell: Callable[[Outcome], None]
+) -> None:
+    outside = lab.network.small_outside
+    trial = submit(lab, "full", data, f"storage={lab.network.small / 'runs'}", storage=outside / "runs")
+    trial.wait_for_step(_MIDDLE)
+    room = list_checkpoints(trial.folder.checkpoints)[-1].num_bytes // 2
+    begun, step = time.time(), trial.step
+    (outside / "ballast").write_bytes(bytes(shutil.disk_usage(outside).free - room))
+    wait_until(lambda: trial.status()["status"] == "failed", 120, 1.0, what="the full storage noticed")
+    seen_after_s = time.time() - begun
+    assert trial.status()["message"].startswith(("storage", "rank 0: storage"))
+    assert all(is_intact(checkpoint) for checkpoint in list_checkpoints(trial.folder.checkpoints))
+    (outside / "ballast").unlink()
+    trial.resume()
+    wait_until(lambda: trial.attempts == 2, 120, what="the run goes on")
+    lost = max(0, step - trial.folder.attempts()[-1]["start_step"])
+    remark = "room is made, then dab resume"
+    tell(Outcome("the storage is full in mid-checkpoint", seen_after_s, time.time() - begun, lost, 2, remark))
+    trial.finish()
+    assert problems(trial, undisturbed) == []
+
+
+def test_elastic_run_shrinks_with_a_lost_node_and_grows_with_a_new_one(
+    lab: Lab, data: Path, undisturbed: RunFolder, tell: Callable[[Outcome], None]
+) -> None:
+    epochs = 40
+    elastic = ("cluster.min_workers=1", "cluster.cpus_per_worker=2", f"train.epochs={epochs}")
+    trial = submit(lab, "elastic", data, *elastic)
+    trial.wait_for_step(_MIDDLE)
+    try:
+        tell(measure(trial, "elastic: a node of two is lost", lab.machines["node2"].power_off))
+        assert trial.folder.attempts()[-1]["world_size"] == 1
+        tell(measure(trial, "elastic: a node is added", lambda: lab.add_node(SPARE)))
+        assert trial.folder.attempts()[-1]["world_size"] == 2
+        trial.finish()
+    finally:
+        lab.remove_node(SPARE)
+    assert order_problems(trial, plain_run(lab, data, "elastic", f"train.epochs={epochs}")) == []

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import sqlite3
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,14 +67,21 @@ class Trial:
     folder: RunFolder
 
     @property
+    def working(self) -> RunFolder:
+        """Where rank 0 works: the run's folder, or, where that lies behind a URL, one on the disk of its machine."""
+        found = self.lab.network.base.glob(f"disks/*/home/storage-cache/{self.run_id}-*/work/progress.json")
+        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+        return self.folder if newest is None else RunFolder(newest.parent)
+
+    @property
     def step(self) -> int:
         """The newest step that is known of, at most a second old while it trains."""
-        return int(self.folder.progress().get("step", 0))
+        return int(self.working.progress().get("step", 0))
 
     @property
     def attempts(self) -> int:
         """Starts of the training loop."""
-        return len(self.folder.attempts())
+        return len(self.working.attempts())
 
     def is_over(self) -> bool:
         """Whether the loop has left a result."""
@@ -82,18 +91,6 @@ class Trial:
         """Wait until the run has taken `step` steps."""
         wait_until(lambda: self.step >= step or self.is_over(), timeout_s, what=f"step {step}")
         assert not self.is_over(), f"ended before step {step}: {self.folder.result().get('message')}"
-
-    def wait_for_attempt(self, number: int, timeout_s: float = _LIMIT_S) -> dict[str, Any]:
-        """Wait until the loop has begun for the `number`-th time and has taken a step; return that attempt."""
-        wait_until(lambda: self.attempts >= number or self.is_over(), timeout_s, what=f"attempt {number}")
-        assert self.attempts >= number, f"ended before attempt {number}: {self.folder.result().get('message')}"
-        attempt = self.folder.attempts()[number - 1]
-        wait_until(lambda: self._trained_since(attempt) or self.is_over(), timeout_s, what=f"steps of attempt {number}")
-        return attempt
-
-    def _trained_since(self, attempt: dict[str, Any]) -> bool:
-        progress = self.folder.progress()
-        return bool(progress.get("time", 0) > attempt["time"])
 
     def events(self) -> list[dict[str, Any]]:
         """Return what was noticed about the run."""
@@ -159,14 +156,22 @@ class Trial:
         assert done.returncode == 0, done.stderr
 
 
-def submit(lab: Lab, name: str, data: Path, *changes: str) -> Trial:
-    """Send a run of a small network on the digits to the lab and return it, queued."""
+def submit(lab: Lab, name: str, data: Path, *changes: str, storage: Path | None = None) -> Trial:
+    """Send a run of a small network on the digits to the lab and return it, queued.
+
+    Args:
+        lab: Where.
+        name: Name of the run.
+        data: The digits.
+        changes: Other settings than the usual.
+        storage: Where its folder is seen from outside, if it is not the usual place.
+    """
     values = [f"name={name}", f"data.train={data}", *SETTINGS, *changes]
     options = [part for value in values for part in ("--set", value)]
     done = lab.dab("submit", CONFIG, *options, "--detach", "--address", "lab")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    return Trial(lab, answer["run_id"], RunFolder(lab.shared / "runs" / answer["run_id"]))
+    return Trial(lab, answer["run_id"], RunFolder((storage or lab.shared / "runs") / answer["run_id"]))
 
 
 # Half a second to a second an epoch on two idle cores.
@@ -175,6 +180,22 @@ SETTINGS = (
     "data.batch_size=64", "model.width=0.0625", f"train.epochs={EPOCHS}", "train.checkpoint.every_steps=10",
     "cluster.placement=spread", "cluster.max_failures=3",
 )  # fmt: skip
+
+
+def plain_run(lab: Lab, data: Path, name: str, *changes: str) -> RunFolder:
+    """Train without Ray and without a cluster, two processes on the desk."""
+    from orchestrator.config import load_config
+    from orchestrator.resolve import resolve, train_spec
+
+    values = [f"data.train={data}", *SETTINGS, *changes]
+    spec = lab.shared / f"{name}.json"
+    spec.write_text(json.dumps(train_spec(resolve(load_config(CONFIG, values), str)).to_dict()))
+    folder = RunFolder(lab.shared / name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = lab.env() | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    lab.machines["desk"].run([*command, "-m", "dabnn.train", str(spec), str(folder.root)], env=env, timeout_s=300)
+    assert folder.result()["status"] == "finished"
+    return folder
 
 
 def measure(
@@ -232,10 +253,10 @@ class _Watch:
             time.sleep(0.1)
 
     def _look(self) -> None:
-        number, progress = self.trial.attempts, self.trial.folder.progress()
+        number, progress = self.trial.attempts, self.trial.working.progress()
         if not progress:
             return
-        began_at = self.trial.folder.attempts()[-1]["time"]
+        began_at = self.trial.working.attempts()[-1]["time"]
         if progress["time"] > began_at:
             self._reached[number] = max(self._reached.get(number, 0), progress["step"])
             self.trained_at = progress["time"]
@@ -250,7 +271,7 @@ class _Watch:
     @property
     def steps_lost(self) -> int:
         """Steps that had to be taken again in all attempts since."""
-        starts = {each["attempt"]: each["start_step"] for each in self.trial.folder.attempts()}
+        starts = {each["attempt"]: each["start_step"] for each in self.trial.working.attempts()}
         return sum(max(0, step - starts[number + 1]) for number, step in self._reached.items() if number + 1 in starts)
 
 
@@ -272,6 +293,17 @@ def problems(trial: Trial, undisturbed: RunFolder) -> list[str]:
     found += [f"tracker: {each}" for each in _tracker_problems(trial, expected)]
     found += left_behind(trial)
     return found
+
+
+def order_problems(trial: Trial, undisturbed: RunFolder) -> list[str]:
+    """Return what `problems` finds, for a run on a changing number of workers: weights differ, samples may not."""
+
+    def orders(folder: RunFolder) -> dict[int, dict[str, float]]:
+        return {line["step"]: {"sample_order": line["metrics"]["sample_order"]} for line in folder.metrics()}
+
+    found = [] if orders(trial.folder) == orders(undisturbed) else ["other samples, or in another order"]
+    found += [f"tracker: {each}" for each in _tracker_problems(trial, orders(undisturbed))]
+    return found + left_behind(trial)
 
 
 def _difference(own: dict[int, dict[str, float]], other: dict[int, dict[str, float]]) -> str:
