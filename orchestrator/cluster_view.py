@@ -22,10 +22,8 @@ def add(name: str, entry: Entry, *, replace: bool, is_checked: bool) -> View:
         InvalidInputError: The name is taken or none, the address is none, or the cluster refuses us.
         DabError: It does not answer; nothing was written.
     """
-    where = f"--address of {name}"
-    wanted = Entry(
-        **asdict(entry) | {"address": jobs_url(where, entry.address), "token_file": _absolute(entry.token_file)}
-    )
+    paths = {"token_file": _absolute(entry.token_file), "verify": _absolute(entry.verify)}
+    wanted = Entry(**asdict(entry) | paths | {"address": jobs_url(f"--address of {name}", entry.address)})
     found = reach(named(name, wanted)) if is_checked else None
     file = add_cluster(name, wanted, replace=replace)
     what = "not asked" if found is None else _size_text(found)
@@ -89,5 +87,5 @@ def _size_text(found: Reached) -> str:
     return f"{len(found.nodes)} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
 
 
-def _absolute(file: str | None) -> str | None:
-    return None if file is None else str(Path(file).expanduser().absolute())
+def _absolute(file: Any) -> Any:
+    return str(Path(file).expanduser().absolute()) if isinstance(file, str) else file
