@@ -122,7 +122,7 @@ def _start(folder: Path, record: Path, former: Server | None, *, port: int | Non
     database = folder / "mlflow.db"
     is_new = settings.store is None and not database.exists()
     env = {name: value for name, value in os.environ.items() if "MLFLOW_" not in name} | _SERVER_ENV
-    if settings.is_exposed:
+    if settings.asks_for_password:
         env |= server_environment(folder)
     server = processes.start(
         "the MLflow server",
@@ -130,7 +130,7 @@ def _start(folder: Path, record: Path, former: Server | None, *, port: int | Non
         env=env,
         log=home_folder("logs") / "mlflow.log",
         record=record,
-        details={"host": settings.local_host, "port": port, "password": int(settings.is_exposed)},
+        details={"host": settings.local_host, "port": port, "password": int(settings.asks_for_password)},
     )
     try:
         processes.wait_until_ready(server, lambda: _is_up(server), on_wait=on_wait)
@@ -160,7 +160,11 @@ def _port(settings: TrackingSettings, former: Server | None, asked: int | None) 
 
 
 def _command(settings: TrackingSettings, port: int, database: Path) -> list[str]:
-    guard = ["--app-name", "basic-auth", "--allowed-hosts", settings.host_headers(port)] if settings.is_exposed else []
+    guard = (
+        ["--app-name", "basic-auth", "--allowed-hosts", settings.host_headers(port)]
+        if settings.asks_for_password
+        else []
+    )
     return [
         sys.executable, "-m", "mlflow", "server", "--host", settings.host, "--port", str(port), "--workers", "1",
         "--backend-store-uri", settings.store or f"sqlite:///{database}",

@@ -3,6 +3,7 @@
     host = "0.0.0.0"                          # IPv4 address to listen on, here all; default "127.0.0.1"
     port = 5000                               # default: a free one
     allowed_hosts = ["mlflow.lab"]            # names by which other machines reach it; requests to others are refused
+    password = true                           # ask for a password on loopback, too
     store = "postgresql://dab@db.lab/mlflow"  # database of runs; default: sqlite in DAB_HOME
     artifacts = "s3://bucket/artifacts"       # where the server keeps files; default: DAB_HOME/artifacts
 
@@ -24,16 +25,27 @@ from orchestrator.names import nearest
 FILE = "tracking.toml"
 _LOOPBACK = "127.0.0.1"
 _ALL = "0.0.0.0"  # noqa: S104 - what a user may choose, with a password
-_KINDS = {"host": str, "port": int, "allowed_hosts": list, "store": str, "artifacts": str}
+_KINDS = {"host": str, "port": int, "allowed_hosts": list, "password": bool, "store": str, "artifacts": str}
+_WORDS: dict[type, str] = {str: "text", int: "a number", bool: "true or false", list: "a list of names"}
 
 
 @dataclass(frozen=True)
 class TrackingSettings:
-    """What the file says; see the module for the meaning of each field."""
+    """What the file says.
+
+    Attributes:
+        host: IPv4 address to listen on.
+        port: Port to listen on; None for a free one.
+        allowed_hosts: Names by which other machines reach the server.
+        password: Whether it asks for a password on loopback, too.
+        store: Database of runs; None for sqlite in DAB_HOME.
+        artifacts: Where the server keeps files; None for a folder of DAB_HOME.
+    """
 
     host: str = _LOOPBACK
     port: int | None = None
     allowed_hosts: tuple[str, ...] = ()
+    password: bool = False
     store: str | None = None
     artifacts: str | None = None
 
@@ -41,6 +53,11 @@ class TrackingSettings:
     def is_exposed(self) -> bool:
         """Whether other machines reach the server, so that it asks for a password."""
         return not ipaddress.IPv4Address(self.host).is_loopback
+
+    @property
+    def asks_for_password(self) -> bool:
+        """Whether the server lets in only who has the password."""
+        return self.is_exposed or self.password
 
     @property
     def local_host(self) -> str:
@@ -70,8 +87,8 @@ def tracking_settings() -> TrackingSettings:
         kind = _KINDS.get(key)
         if kind is None:
             raise InvalidInputError(f"{file}: {key} is unknown; the nearest known key is {nearest(key, _KINDS)}.")
-        if not isinstance(value, kind) or isinstance(value, bool) or not value:
-            raise InvalidInputError(f"{file}: {key}: {value!r} is not a {kind.__name__} with something in it.")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int) or value in ("", []):
+            raise InvalidInputError(f"{file}: {key}: {value!r} is not {_WORDS[kind]}.")
     settings = TrackingSettings(**table | {"allowed_hosts": tuple(map(str, table.get("allowed_hosts", ())))})
     _check(file, settings)
     return settings

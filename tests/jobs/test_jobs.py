@@ -436,6 +436,16 @@ def test_a_finished_search_is_not_resumed_and_a_run_without_checkpoint_is_not_ex
     assert done.code == 2
 
 
+def test_sweeps_leave_no_pickle_in_the_storage_that_machines_share(
+    dab: Dab, side_by_side: tuple[Sweep, Sweep, dict[str, Any]]
+) -> None:
+    """Not even that of a failed trial's error, which Tune would load again."""
+    _, sweep, _ = side_by_side
+    assert any(trial.status == "failed" for trial in sweep.trials)
+    left = [path for path in (dab.home / "storage").rglob("*") if path.is_file()]
+    assert [path for path in left if path.suffix in (".pkl", ".pickle") or path.read_bytes()[:2] == b"\x80\x05"] == []
+
+
 def test_a_stopped_search_has_a_checkpoint_of_every_trial_and_starts_no_other(dab: Dab, digits: Path) -> None:
     changes = ["cluster.num_workers=1", "search.epochs=500", "search.num_trials=5", "search.max_concurrent=2"]
     run_id = detached(dab, [*narrow(digits, "endless", *changes), "--sweep"])

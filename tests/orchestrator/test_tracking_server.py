@@ -36,7 +36,9 @@ def own_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ("text", "message"),
     [
         ('hosts = "0.0.0.0"', r"tracking.toml: hosts is unknown; the nearest known key is host\."),
-        ("port = true", r"port: True is not a int with something in it\."),
+        ("port = true", r"port: True is not a number\."),
+        ("password = 1", r"password: 1 is not true or false\."),
+        ("allowed_hosts = []", r"allowed_hosts: \[\] is not a list of names\."),
         ('host = "mlflow.lab"', r"host: 'mlflow.lab' is no IPv4 address"),
         ('host = "0.0.0.0"', r"allowed_hosts: missing, but host is 0.0.0.0, which other machines reach"),
         ('host = "0.0.0.0"\nallowed_hosts = ["*"]', r"allowed_hosts: a pattern would let other names in"),
