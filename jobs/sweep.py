@@ -16,6 +16,7 @@ from ray import tune
 
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
+from jobs.connect import connect
 from jobs.launch import check_capacity, launch, train_here
 from jobs.record import leave_result, record_end, record_start
 from jobs.train import say
@@ -30,7 +31,7 @@ def main() -> int:
     """Run the sweep described in the environment; return 0 when it finished or was stopped, 1 when it failed."""
     job = Job.from_environment()
     config = job.parsed_config()
-    ray.init(logging_level=logging.WARNING)
+    connect()
     # Tune's own result files are off: the run folders hold the metrics.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     record_start(job)

@@ -5,7 +5,6 @@ MLflow may be away for a while: the run's folder is the durable record, and what
 attempt.
 """
 
-import logging
 import sys
 import threading
 import time
@@ -13,10 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ray
-
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
+from jobs.connect import connect
 from jobs.launch import launch
 from jobs.record import FLUSH_TIMEOUT_S, leave_result, record_end, record_start
 from orchestrator.job import Job
@@ -34,7 +32,7 @@ def main() -> int:
     config = job.parsed_config()
     folder = job.run_folder
     if config.cluster.num_workers:
-        ray.init(logging_level=logging.WARNING)
+        connect()
     say(f"run {job.name} ({job.run_id}), attempt {job.attempt}: {config.cluster.num_workers} workers")
     with following(job), printing_progress(folder):
         try:
