@@ -127,6 +127,8 @@ def status(uri: str, reference: str) -> RunStatus:
     reason = reason or result.get("message", "")
     if state != record.status:
         _record_late(uri, record.run_id, folder, state, reason)
+    elif state in ENDED and tracking.has_unsent(folder.metrics_file, record.run_id):
+        _send_metrics(uri, record.run_id, folder)  # the tracker came back between the run's last metrics and its end
     progress = folder.progress()
     lines = folder.metrics()
     metrics = lines[-1]["metrics"] if lines else record.metrics
@@ -152,14 +154,18 @@ def status(uri: str, reference: str) -> RunStatus:
 
 def _record_late(uri: str, run_id: str, folder: RunFolder, state: Status, reason: str) -> None:
     """Tell the tracker how a run ended that could not tell it itself, and send the metrics that it missed."""
-    follower = tracking.MetricFollower(uri)
-    follower.follow(folder.metrics_file, run_id)
-    follower.close(timeout_s=_SEND_TIMEOUT_S)
+    _send_metrics(uri, run_id, folder)
     checkpoints = [asdict(checkpoint) for checkpoint in list_checkpoints(folder)]
     tracking.log_json(uri, run_id, "checkpoints.json", checkpoints)
     tags = {"dab.message": reason, "dab.weights_sha256": folder.result().get("weights_sha256", "")}
     tracking.set_tags(uri, run_id, tags)
     tracking.set_status(uri, run_id, state)
+
+
+def _send_metrics(uri: str, run_id: str, folder: RunFolder) -> None:
+    follower = tracking.MetricFollower(uri)
+    follower.follow(folder.metrics_file, run_id)
+    follower.close(timeout_s=_SEND_TIMEOUT_S)
 
 
 def stop(

@@ -370,6 +370,14 @@ def test_a_run_that_starts_while_the_server_is_away_is_marked_as_running_when_it
     assert not tracking.has_unsent(path, run_id)
 
 
+def test_status_sends_the_metrics_that_an_ended_run_could_not(uri: str, tmp_path: Path) -> None:
+    append(tmp_path / "metrics.jsonl", report(1, loss=0.5) + report(2, loss=0.25))
+    run_id = tracking.create_run(uri, "test", "ended", params={}, tags={"dab.folder": str(tmp_path)})
+    tracking.set_status(uri, run_id, "finished")
+    show_status(uri, run_id, lambda _: None)
+    assert history(uri, run_id, "loss") == [(1, 0.5), (2, 0.25)]
+
+
 def test_an_address_with_a_password_is_refused_and_not_repeated() -> None:
     with pytest.raises(InvalidInputError, match=r"^tracking.uri: http://127.0.0.1:9 holds a user or password") as error:
         tracking.check_tracking("http://me:hunter2@127.0.0.1:9")
