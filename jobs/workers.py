@@ -17,6 +17,7 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution import context as execution_context
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from dabnn.distributed import COLLECTIVE_TIMEOUT_S, World
 from dabnn.observer import Watch
@@ -85,9 +86,9 @@ def fit(spec: TrainSpec, folder: RunFolder, cluster: ClusterConfig, name: str, p
     Raises:
         ray.train.TrainingFailedError: A worker, its node or its start failed.
     """
-    # Ray Train passes these on to its controller and to the workers.
+    # Ray Train passes it on to its controller and to the workers.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{cluster.start_timeout_s:g}"
-    TorchTrainer(
+    trainer = TorchTrainer(
         _train_on_worker,
         train_loop_config={
             "spec": spec.to_dict(),
@@ -116,7 +117,13 @@ def fit(spec: TrainSpec, folder: RunFolder, cluster: ClusterConfig, name: str, p
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
         ),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        # Ray wraps what the loop raised together with its traceback, which it has logged.
+        failures = {rank: getattr(each, "_base_exc", each) for rank, each in error.worker_failures.items()}
+        raise WorkerGroupError(str(error), failures) from error
 
 
 def _train_on_worker(settings: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from dabnn.data.order import share
 from dabnn.distributed import World, deterministic, share_buffers, wrap
 
 def digest(tensors):
@@ -51,8 +52,20 @@ with deterministic():
     net[1].running_mean.fill_(world.rank + 5)
     share_buffers(net, world)
     seen["running_mean"] = net[1].running_mean[0].item()
+plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+images, labels = torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(10) % 5
+shared = wrap(plain, world, (3, 8, 8))
+own = share(range(10), world.rank, world.size)  # 3, 3 and 4 of them
+part = slice(own.start, own.stop)
+losses = nn.functional.cross_entropy(shared(images[part]), labels[part], reduction="none")
+(losses.sum() * (world.size / 10)).backward()  # as `Learner.step` weights it
+whole = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+whole.load_state_dict(plain.state_dict())
+nn.functional.cross_entropy(whole(images), labels).backward()
+seen["share_size"] = len(own)
+seen["uneven"] = max((a.grad - b.grad).abs().max().item() for a, b in zip(plain.parameters(), whole.parameters()))
 Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(seen))
-del model, net, layers
+del model, net, layers, shared, plain
 gc.collect()  # DDP refers to the group in cycles, and a gloo thread that lives on aborts the exit at times
 dist.destroy_process_group()
 """
@@ -74,6 +87,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(NUM_RANKS)]
+
+
+def test_uneven_shares_of_a_step_have_the_gradient_of_the_whole_step(ranks: list[dict[str, Any]]) -> None:
+    assert [seen["share_size"] for seen in ranks] == [3, 3, 4]
+    assert all(seen["uneven"] < 1e-6 for seen in ranks)  # sums of ten float32 terms of size one
 
 
 def test_each_process_knows_its_place_and_only_the_first_is_main(ranks: list[dict[str, Any]]) -> None:
