@@ -33,7 +33,7 @@ from dabnn.run_folder import RunFolder
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
-_MIDDLE = 100  # a step in mid-epoch, several checkpoints after the start
+_MIDDLE = 40  # a step in mid-epoch, several checkpoints after the start
 
 STORE = f"s3://{BUCKET}/runs"
 Survives = Callable[..., Trial]
@@ -201,7 +201,7 @@ def test_full_storage_fails_the_run_and_harms_no_checkpoint(
 def test_elastic_run_shrinks_with_a_lost_node_and_grows_with_a_new_one(
     lab: Lab, data: Path, undisturbed: RunFolder, tell: Callable[[Outcome], None]
 ) -> None:
-    epochs = 40
+    epochs = 60
     elastic = ("cluster.min_workers=1", "cluster.cpus_per_worker=2", f"train.epochs={epochs}")
     trial = submit(lab, "elastic", data, *elastic)
     trial.wait_for_step(_MIDDLE)

@@ -17,7 +17,7 @@ from trial import CONTROLLER, DRIVER, EPOCHS, SUPERVISOR, Outcome, Trial, measur
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 
 _KILLS = 20
-_FEWEST_STEPS, _MOST_STEPS = 5, 40
+_FEWEST_STEPS, _MOST_STEPS = 3, 14
 
 
 def _kill_worker(lab: Lab, trial: Trial, draw: random.Random) -> None:

@@ -174,10 +174,10 @@ def submit(lab: Lab, name: str, data: Path, *changes: str, storage: Path | None 
     return Trial(lab, answer["run_id"], RunFolder((storage or lab.shared / "runs") / answer["run_id"]))
 
 
-# Half a second to a second an epoch on two idle cores.
-EPOCHS, STEPS_PER_EPOCH = 12, 23
+# Epochs of 12 steps, each about half a second on two idle cores, and checkpoints in mid-epoch.
+EPOCHS = 10
 SETTINGS = (
-    "data.batch_size=64", "model.width=0.0625", f"train.epochs={EPOCHS}", "train.checkpoint.every_steps=10",
+    "data.batch_size=128", "model.width=0.0625", f"train.epochs={EPOCHS}", "train.checkpoint.every_steps=5",
     "cluster.placement=spread", "cluster.max_failures=3",
 )  # fmt: skip
 
