@@ -5,13 +5,14 @@ logits bit for bit, as fast, without the code of `dabnn`: `import kernels; torch
 Binary weights are the words that the kernels read; what is half in the packed file is half here, and made float32 in
 each call.
 
-Unlike a packed file, a .pt2 file is read by torch's own reader, which trusts it: load those of known origin only.
-Left out: compiling the program for machines without Python (AOTInductor).
+torch's own reader trusts a .pt2 file, which may run any code; `load_program` shows it nothing but what an export writes
+(`dabnn.program_file`). Left out: compiling the program for machines without Python (AOTInductor).
 """
 
 import copy
 import io
 import json
+import logging
 import warnings
 import zipfile
 from dataclasses import replace
@@ -24,9 +25,9 @@ from torch.nn.utils import parametrize
 from dabnn.errors import InvalidInputError
 from dabnn.exported import ExportedModel, describe, described
 from dabnn.packed import PackedModel
+from dabnn.program_file import ABOUT, read_program
 from dabnn.whole_file import write_whole
 
-_ABOUT = "dab.json"
 # What torch.export notes of the Python code that it traced: half of a small file, and folders of this machine.
 _NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 
@@ -61,31 +62,24 @@ def export_program(packed: PackedModel, path: Path | str) -> int:
     with warnings.catch_warnings():
         # Said of every channels-last weight; it is written whole, strides and all.
         warnings.filterwarnings("ignore", message="No complete tensor found")
-        torch.export.save(program, data, extra_files={_ABOUT: json.dumps(describe(packed))})
+        torch.export.save(program, data, extra_files={ABOUT: json.dumps(describe(packed))})
     return write_whole(Path(path), _with_short_texts(data))
 
 
 def load_program(path: Path | str) -> ExportedModel:
-    """Read a program that `export_program` wrote, to run on the CPU.
+    """Read a program that `export_program` wrote, to run on the CPU; nothing else in the file is read or runs.
 
     Raises:
         InvalidInputError: There is no such file, or it is damaged or something else.
     """
     path = Path(path)
-    metadata = _about(path)
-    try:
-        run = torch.export.load(path).module()
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise InvalidInputError(
-            f"{path}: torch {torch.__version__} cannot read this program. Export it again with this torch, or load it "
-            "with the one that wrote it."
-        ) from error
-    return described(path, metadata, run)
+    about, archive = read_program(path)
+    return described(path, about, lambda: _loaded(path, archive).module())
 
 
 def wrong_constants(packed: PackedModel, path: Path | str) -> list[str]:
     """Return the names of the tensors of a program that are not the bits and numbers of a packed model."""
-    found = torch.export.load(Path(path)).state_dict
+    found = _loaded(Path(path), read_program(Path(path))[1]).state_dict
     expected = _Program(_stored(packed)).state_dict()
     names = found.keys() | expected.keys()
     return sorted(n for n in names if n not in found or n not in expected or not torch.equal(found[n], expected[n]))
@@ -153,22 +147,15 @@ def _with_short_texts(data: io.BytesIO) -> bytes:
     return shorter.getvalue()
 
 
-def _about(path: Path) -> dict[str, str]:
-    """Return what the file says of itself, after comparing its contents with their checksums."""
+def _loaded(path: Path, archive: io.BytesIO) -> torch.export.ExportedProgram:
+    log = logging.getLogger(torch.export.__name__)
+    was_disabled, log.disabled = log.disabled, True  # of what is raised below it would log a traceback
     try:
-        with zipfile.ZipFile(path) as archive:
-            found = [name for name in archive.namelist() if name.endswith(f"/extra/{_ABOUT}")]
-            damaged = archive.testzip()
-            about = json.loads(archive.read(found[0])) if found and damaged is None else {}
-    except OSError as error:
+        return torch.export.load(archive)
+    except Exception as error:  # torch's reader raises whatever its parts do
         raise InvalidInputError(
-            f"{path}: cannot be read ({error.strerror}). Give a file that dab export wrote."
+            f"{path}: torch {torch.__version__} cannot read this program. Export it again with this torch, or load it "
+            "with the one that wrote it."
         ) from error
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise InvalidInputError(
-            f"{path}: is no whole torch.export program ({error}), so it is damaged, cut off or something else. Export "
-            "or copy it again."
-        ) from error
-    if damaged is not None:
-        raise InvalidInputError(f"{path}: {damaged} in it is damaged. Export or copy it again.")
-    return dict(about)
+    finally:
+        log.disabled = was_disabled

@@ -6,7 +6,7 @@ The values are strings of JSON by name, in an ONNX model's metadata and in an ex
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +18,8 @@ from dabnn.packed import Normalization, PackedModel, Provenance
 
 FORMAT = "dab-exported"
 INPUT, OUTPUT = "images", "logits"
+
+Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +34,11 @@ class ExportedModel:
         provenance: The run, program and data that it comes from.
     """
 
-    run: Callable[[Tensor], Tensor]
+    run: Run
     spec: ModelSpec
     classes: tuple[str, ...] | None = None
     normalization: Normalization | None = None
-    provenance: Provenance = Provenance()
+    provenance: Provenance = field(default_factory=Provenance)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits (N, num_classes) of normalized images (N, in_channels, input_size, input_size).
@@ -61,8 +63,8 @@ def describe(packed: PackedModel) -> dict[str, str]:
     return {"format": FORMAT} | {name: json.dumps(value) for name, value in values.items()}
 
 
-def described(path: Path, metadata: Mapping[str, str], run: Callable[[Tensor], Tensor]) -> ExportedModel:
-    """Return the loaded model of a file that says `metadata`.
+def described(path: Path, metadata: Mapping[str, str], load: Callable[[], Run]) -> ExportedModel:
+    """Return the model of a file that says `metadata`, which is checked before `load` loads its network.
 
     Raises:
         InvalidInputError: It is not of `describe`, or names a model that this program does not have.
@@ -82,4 +84,4 @@ def described(path: Path, metadata: Mapping[str, str], run: Callable[[Tensor], T
     classes, mean = values.get("classes"), values.get("mean")
     prepared = None if mean is None else Normalization(tuple(mean), tuple(values["std"]), values["transform"])
     provenance = Provenance.of(values.get("provenance") or {})
-    return ExportedModel(run, spec, None if classes is None else tuple(classes), prepared, provenance)
+    return ExportedModel(load(), spec, None if classes is None else tuple(classes), prepared, provenance)

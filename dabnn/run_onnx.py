@@ -51,7 +51,7 @@ def load_onnx(path: Path | str) -> ExportedModel:
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: images.float().contiguous().numpy()})[0])
 
-    return described(path, session.get_modelmeta().custom_metadata_map, run)
+    return described(path, session.get_modelmeta().custom_metadata_map, lambda: run)
 
 
 def compare_layers(packed: PackedModel, path: Path | str, images: Tensor) -> tuple[float, dict[str, str]]:
