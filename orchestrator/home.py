@@ -1,8 +1,8 @@
 """The one folder that holds everything `dab` keeps on a machine, and how small records in it are written.
 
 It holds `mlflow.db`, `artifacts/`, `storage/` (runs), `logs/` (servers), `ray_token`, and `cluster.json` and
-`tracking.json`, which say what runs; `tracking.toml` and `clusters.toml` are its owner's. Ray's session files alone lie in the system's temporary folder: the paths of its
-sockets may not exceed 107 bytes.
+`tracking.json`, which say what runs; `tracking.toml` and `clusters.toml` are its owner's. Ray's session files alone lie
+in the system's temporary folder: the paths of its sockets may not exceed 107 bytes.
 """
 
 import json
