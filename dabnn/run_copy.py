@@ -50,6 +50,15 @@ def local_name(url: str) -> str:
     return f"{url.rpartition('/')[2][:40]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
+def machine_folder(url: str) -> Path:
+    """Return the folder for a run behind `url` on this machine, made if missing; its file `url` says what it is of."""
+    folder = cache_folder() / local_name(url)
+    if not (folder / "url").exists():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        (folder / "url").write_text(url.rstrip("/"))
+    return folder
+
+
 class RunCopy:
     """What this machine has of a run behind a URL; make one with `RunCopy.of`."""
 
@@ -67,7 +76,7 @@ class RunCopy:
         key = (os.getpid(), url.rstrip("/"))
         with _copies_lock:
             if key not in _copies:
-                _copies[key] = cls(key[1], cache_folder() / local_name(url) / "seen")
+                _copies[key] = cls(key[1], machine_folder(url) / "seen")
             return _copies[key]
 
     def refresh(self) -> None:

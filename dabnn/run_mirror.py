@@ -25,7 +25,7 @@ from typing import IO
 
 from dabnn.checkpoints import Checkpoint, is_intact, list_checkpoints, set_aside
 from dabnn.errors import DabError
-from dabnn.run_copy import CHECKPOINTS, cache_folder, local_name
+from dabnn.run_copy import CHECKPOINTS, machine_folder
 from dabnn.run_folder import RunFolder
 from dabnn.run_store import Entry, RunStore, StoreAwayError, StoreError, patiently
 
@@ -62,7 +62,7 @@ def mirroring(folder: RunFolder, *, is_main: bool, retry_s: float) -> Iterator[t
     if folder.copy is None or not is_main:
         yield folder, None
         return
-    mirror = RunMirror(folder.location, cache_folder() / local_name(folder.location) / "work", retry_s=retry_s)
+    mirror = RunMirror(folder.location, machine_folder(folder.location) / "work", retry_s=retry_s)
     try:
         yield mirror.folder, mirror
     except BaseException:

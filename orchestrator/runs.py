@@ -102,10 +102,11 @@ def decide_status(tracked: Status, job: str | None, left: Status | None) -> tupl
 
 def list_runs(uri: str, *, experiment: str | None = None) -> list[RunRecord]:
     """Return all runs of the tracker, newest first; one that was lost without a word is shown as what it is."""
-    return [_as_it_stands(record) for record in tracking.find_runs(uri, experiment)]
+    return [as_it_stands(record) for record in tracking.find_runs(uri, experiment)]
 
 
-def _as_it_stands(record: RunRecord) -> RunRecord:
+def as_it_stands(record: RunRecord) -> RunRecord:
+    """Return a run with the status that its job and its folder give it, where the tracker could not be told."""
     if record.status in ENDED or "dab.folder" not in record.tags:
         return record
     state, _ = decide_status(record.status, _job_status(record), folder_of(record).result().get("status"))

@@ -63,6 +63,7 @@ _MAX_TAG_CHARS = 8000
 _MAX_PARAMS_PER_CALL = 100
 _MAX_METRICS_PER_CALL = 1000
 _MAX_DIGEST_CHARS = 36
+_ACTIVE_ONLY = 1  # mlflow.entities.ViewType, which takes seconds to import
 _PAGE_SIZE = 1000
 
 
@@ -239,6 +240,19 @@ def find_runs(
         return [_record(run, wanted) for run in _search(client, wanted, condition, max_results)]
 
 
+def find_deleted_runs(uri: str) -> list[RunRecord]:
+    """Return the runs that were deleted and not purged yet, newest first.
+
+    Raises:
+        DabError: The tracker does not answer.
+    """
+    from mlflow.entities import ViewType
+
+    with connected(uri) as client:
+        names = _experiment_names(client, ViewType.ALL)
+        return [_record(run, names) for run in _search(client, names, view=ViewType.DELETED_ONLY)]
+
+
 def find_run(uri: str, ref: str) -> RunRecord:
     """Return the run that `ref` names: a run id, a run name, or the beginning of a run id.
 
@@ -281,12 +295,12 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
     return str(experiment.experiment_id)
 
 
-def _experiment_names(client: "MlflowClient") -> dict[str, str]:
+def _experiment_names(client: "MlflowClient", view: int = _ACTIVE_ONLY) -> dict[str, str]:
     """Return the name of each experiment by its id."""
     names: dict[str, str] = {}
     token: str | None = None
     while True:
-        page = client.search_experiments(max_results=_PAGE_SIZE, page_token=token)
+        page = client.search_experiments(view, max_results=_PAGE_SIZE, page_token=token)
         names |= {str(experiment.experiment_id): experiment.name for experiment in page}
         token = page.token
         if not token:
@@ -294,14 +308,18 @@ def _experiment_names(client: "MlflowClient") -> dict[str, str]:
 
 
 def _search(
-    client: "MlflowClient", experiments: Iterable[str], condition: str = "", max_results: int | None = None
+    client: "MlflowClient",
+    experiments: Iterable[str],
+    condition: str = "",
+    max_results: int | None = None,
+    view: int = _ACTIVE_ONLY,
 ) -> list["Run"]:
     runs: list[Run] = []
     token: str | None = None
     while max_results is None or len(runs) < max_results:
         size = _PAGE_SIZE if max_results is None else min(_PAGE_SIZE, max_results - len(runs))
         page = client.search_runs(
-            list(experiments), condition, max_results=size, order_by=["attributes.start_time DESC"], page_token=token
+            list(experiments), condition, view, size, order_by=["attributes.start_time DESC"], page_token=token
         )
         runs += page
         token = page.token

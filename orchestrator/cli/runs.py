@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.arguments import Address, Detach, Json, Run, Set, TrackingUri
+from orchestrator.cli.arguments import Address, Detach, Json, Run, Set, TrackingUri, group
 from orchestrator.output import Output
 
 app = typer.Typer()
+listing = group("The runs, and what they leave behind.")
+app.add_typer(listing, name="runs", no_args_is_help=False)
 
 
 @app.command("submit", epilog="Example: dab submit examples/digits.yaml --set data.train=digits --set train.epochs=10")
@@ -40,19 +42,40 @@ def submit(
     )
 
 
-@app.command("runs", epilog="Example: dab runs --experiment dab")
+@listing.callback(invoke_without_command=True, epilog="Example: dab runs --experiment dab")
 def runs(
+    context: typer.Context,
     experiment: Annotated[str | None, typer.Option(help="Only runs of this experiment.")] = None,
     uri: TrackingUri = None,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """List the runs, newest first, trials below their sweep."""
+    """List the runs, newest first, trials below their sweep; or free what no run needs."""
+    if context.invoked_subcommand is not None:
+        return
     from orchestrator import commands
 
     out = Output(is_json=as_json)
     out.result(*commands.list_runs(uri, experiment=experiment, say=out.note, address=address))
     out.hint("dab", "status", "RUN")
+
+
+@listing.command("gc", epilog="Example: dab runs gc --dry-run")
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be freed, and free nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Free more than old partial files, too.")] = False,
+    uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Free what no run needs: folders of deleted runs, half-written files, old code, copies of runs behind URLs."""
+    from orchestrator import commands, retention
+
+    out = Output(is_json=as_json)
+    address = commands.tracking_uri(uri, out.note)
+    data, text = retention.collect(address, is_dry=dry_run, has_consent=yes)
+    out.result(data, text)
+    if data["left"]:
+        out.hint("dab", "runs", "gc", "--yes")
 
 
 @app.command("status", epilog="Example: dab status digits-bincifarfbin")
