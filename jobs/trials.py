@@ -143,6 +143,7 @@ class TrialRecorder(tune.Callback):
         folder = trial_folder(self._job, trial.trial_id)
         name = f"{self._job.name}-t{self._numbers[trial.trial_id]:02d}"
         tags = {"dab.kind": "trial", "dab.folder": folder.location, "dab.job_id": self._job.job_id}
+        tags |= self._job.whereabouts
         uri, parent = self._job.tracking_uri, self._job.run_id
         try:
             params = flatten(base) | point if config is None else flatten(config)

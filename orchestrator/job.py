@@ -12,6 +12,7 @@ from typing import Any
 
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import RunFolder
+from orchestrator.clusters_file import EMBEDDED
 from orchestrator.config import Config
 
 VARIABLE = "DAB_JOB"
@@ -51,7 +52,7 @@ class Job:
     experiment: str
     attempt: int
     config: dict[str, Any]
-    target: str = "embedded"
+    target: str = EMBEDDED
     jobs_url: str = ""
 
     @property
@@ -63,6 +64,11 @@ class Job:
     def run_folder(self) -> RunFolder:
         """The run's folder."""
         return RunFolder.of(self.folder)
+
+    @property
+    def whereabouts(self) -> dict[str, str]:
+        """Tags that say which cluster the run is on; the embedded one is found by its record, wherever it listens."""
+        return {"dab.target": self.target, "dab.jobs_url": "" if self.target == EMBEDDED else self.jobs_url}
 
     def parsed_config(self) -> Config:
         """Return the configuration, validated again."""

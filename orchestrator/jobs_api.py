@@ -241,6 +241,7 @@ def asking(target: Target) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
+        _client.cache_clear()  # the file may hold another token by now
         raise wrong_token(target) from error
     except (OSError, ClientError, http.client.HTTPException) as error:  # the errors of requests are OSErrors
         raise _ConnectionLostError(

@@ -265,8 +265,7 @@ def submit_job(
             on_note(f"queued on {target}: {reason}")
         job.save()
         # First the tag, then the job: whoever asks for the status in between finds a job that is not known yet.
-        where = {"dab.target": target.name, "dab.jobs_url": "" if target.is_embedded else target.jobs_url}
-        tracking.set_tags(uri, run_id, {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt), **where})
+        tracking.set_tags(uri, run_id, {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt), **job.whereabouts})
         send(target, parcel)
         if not target.is_embedded:
             remember(SentRun(run_id, job.name, uri, target.name, target.jobs_url))
