@@ -25,27 +25,29 @@ fi
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300 RAY_USAGE_STATS_ENABLED=0 RAY_DEDUP_LOGS=0
 unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_TOKEN
 
-# On each node: Ray in a folder of its own, since another user's /tmp/ray may be in the way.
+# On each node: Ray in a folder of its own, since another user's /tmp/ray may be in the way. Ray gives up where a head
+# needs more than 40 s, as from a cold network file system, and where it was killed: then the node comes back.
 node() {
     export RAY_TMPDIR=/tmp/dab-$SLURM_JOB_ID
     mkdir -p -- "$RAY_TMPDIR"
-    ray symmetric-run --address "$1:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
-        --num-gpus="$2" --object-store-memory=200000000 --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) \
-        -- bash -c train 2>&1 | grep --line-buffered -v ' VINFO ' # `ray stop` prints command lines of 5,000 characters
+    for _ in 1 2 3 4 5; do
+        ray symmetric-run --address "$1:$port" --min-nodes "$SLURM_JOB_NUM_NODES" --num-gpus="$2" \
+            --object-store-memory=200000000 --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) \
+            -- bash -c train 2>&1 | grep --line-buffered -v 'VINFO scripts.py' # command lines of 5,000 characters
+        [[ ! -e $folder/ended ]] || break
+        sleep 5
+    done
 }
 
 # On the head, when all nodes are there: submit the run, or go on with it, and follow it to its end.
 train() {
     set -euo pipefail
-    field() { python -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
     export PYTHONUNBUFFERED=1
-    if [[ -z $tracking ]]; then
-        tracking=$(dab ui --json | field tracking_uri)
-    fi
+    trap '[[ -e $folder/ended ]] || echo failed >"$folder/ended"' EXIT
     dab cluster add slurm --address "http://127.0.0.1:$((port + 1))" --token-file "$RAY_AUTH_TOKEN_PATH" \
         --tracking "$tracking" --storage "$folder/storage" --replace >/dev/null
     if [[ -s $folder/run ]]; then
-        dab resume "$(<"$folder/run")" --address slurm --detach
+        dab resume "$(<"$folder/run")" --tracking-uri "$tracking" --address slurm --detach
     else
         dab submit "$folder/config.yaml" --address slurm --detach --json | field run_id >"$folder/run.new"
         mv -- "$folder/run.new" "$folder/run"
@@ -54,15 +56,28 @@ train() {
     dab logs "$run" --follow --tracking-uri "$tracking" || true
     dab status "$run" --tracking-uri "$tracking" --json | field status >"$folder/ended.new"
     mv -- "$folder/ended.new" "$folder/ended"
-    dab cluster down >/dev/null
 }
-export -f node train
+
+# field NAME: that of the JSON document on standard input
+field() {
+    python -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"
+}
+export -f node train field
+
+# A tracking server on the head, with a password that every node has, for as long as the job.
+if [[ -z $tracking ]]; then
+    printf 'host = "%s"\nport = %s\nallowed_hosts = ["%s"]\n' "$head" $((port + 2)) "$head" >"$folder/tracking.toml"
+    tracking=$(dab ui --json | field tracking_uri)
+    MLFLOW_TRACKING_PASSWORD=$(<"$folder/tracking_password")
+    export MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_USERNAME=dab
+    trap 'dab cluster down >/dev/null; rm -f -- "$RAY_AUTH_TOKEN_PATH" "$folder/tracking.toml"' EXIT
+fi
 
 # Slurm says so three minutes before it ends the job: the run takes a checkpoint and stops.
 stop() {
     if [[ -s $folder/run ]]; then
         echo "Slurm ends this job soon: stopping the run after a checkpoint"
-        dab stop "$(<"$folder/run")" ${tracking:+--tracking-uri "$tracking"} || true
+        dab stop "$(<"$folder/run")" --tracking-uri "$tracking" || true
     fi
 }
 trap stop USR1 TERM
