@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dabnn.data.remote import shown
 from dabnn.errors import DabError
-from dabnn.run_store import Entry, RunStore, StoreAwayError, patiently
+from dabnn.run_store import Entry, RunStore, StoreAwayError, check_url, patiently
 
 CHECKPOINTS = "checkpoints"
 _SMALL = (".json", ".jsonl", ".yaml")
@@ -73,10 +73,12 @@ class RunCopy:
     @classmethod
     def of(cls, url: str) -> "RunCopy":
         """Return this process's copy of a run behind a URL."""
-        key = (os.getpid(), url.rstrip("/"))
+        check_url(url)
+        root = machine_folder(url) / "seen"
+        key = (os.getpid(), str(root))
         with _copies_lock:
             if key not in _copies:
-                _copies[key] = cls(key[1], machine_folder(url) / "seen")
+                _copies[key] = cls(url.rstrip("/"), root)
             return _copies[key]
 
     def refresh(self) -> None:

@@ -63,29 +63,30 @@ class Waste:
         return self.kind != PARTIAL
 
 
-def find_waste(uri: str, now: float | None = None) -> list[Waste]:
-    """Return what no run needs.
+def find_waste(
+    records: list[RunRecord], deleted: list[RunRecord], *, is_own_tracker: bool, now: float | None = None
+) -> list[Waste]:
+    """Return what no run needs. What is not known to be unneeded is kept.
 
     Args:
-        uri: Tracking server; its runs decide what is needed.
+        records: All runs of the tracker, with the status that their jobs give them.
+        deleted: Those that were deleted there.
+        is_own_tracker: Whether the runs in DAB_HOME are recorded there, so that those that it does not know are gone.
         now: Seconds since 1970; None is the time of the call.
-
-    Raises:
-        DabError: The tracker does not answer. What is not known to be unneeded is kept.
     """
     now = time.time() if now is None else now
-    records = runs.list_runs(uri)
-    deleted = [record for record in tracking.find_deleted_runs(uri) if "dab.folder" in record.tags]
-    living = {record.run_id for record in records if _may_live(record, now)}
-    living |= {record.parent for record in records if record.run_id in living and record.parent}
-    ended = [record for record in records if _is_ours(record) and not {record.run_id, record.parent} & living]
+    ours = [record for record in records if "dab.folder" in record.tags]
+    living = {record.run_id for record in ours if _may_live(record, now)}
+    living |= {record.parent for record in ours if record.run_id in living and record.parent}
+    ended = [record for record in ours if not {record.run_id, record.parent} & living]
+    known = {record.run_id for record in (*records, *deleted)}
     return [
-        *_of_deleted(deleted, records, living, now),
-        *_of_purged(uri, {record.run_id for record in (*records, *deleted)}, now),
+        *_of_deleted([record for record in deleted if "dab.folder" in record.tags], records, living, now),
+        *(_of_purged(known, now) if is_own_tracker else ()),
         *(waste for record in ended for waste in _of_ended(record, now)),
         *_of_home(now),
-        *_packages([record for record in records if _is_ours(record)], now),
-        *_copies([record for record in records if record.run_id in living], now),
+        *_packages(ours, now),
+        *_copies([record for record in ours if record.run_id in living], now),
     ]
 
 
@@ -100,7 +101,9 @@ def collect(uri: str, *, is_dry: bool, has_consent: bool) -> View:
     Raises:
         DabError: The tracker does not answer, or something cannot be removed.
     """
-    found = find_waste(uri)
+    records = runs.list_runs(uri)
+    deleted = [runs.as_it_stands(record) for record in tracking.find_deleted_runs(uri)]
+    found = find_waste(records, deleted, is_own_tracker=tracking_status().uri == uri)
     wanted = [waste for waste in found if not is_dry and (has_consent or not waste.needs_consent)]
     left = [waste for waste in found if waste not in wanted]
     free(wanted)
@@ -147,21 +150,15 @@ def _remove(place: str) -> None:
         Path(place).unlink(missing_ok=True)
 
 
-def _is_ours(record: RunRecord) -> bool:
-    return "dab.folder" in record.tags
-
-
 def _may_live(record: RunRecord, now: float) -> bool:
     """Whether a run may be going on, whatever the tracker and the cluster say of it."""
-    if not _is_ours(record):
-        return False
     return record.status not in runs.ENDED or now - float(folder_of(record).progress().get("time", 0)) < _MOVING_S
 
 
 def _of_deleted(deleted: Iterable[RunRecord], others: list[RunRecord], living: set[str], now: float) -> Iterator[Waste]:
     """Yield the folders of deleted runs, but for what another run still has or names there."""
     named = [value for other in others for value in (other.tags.get("dab.folder", ""), *other.params.values())]
-    for record in map(runs.as_it_stands, deleted):
+    for record in deleted:
         folder = folder_of(record)
         with suppress(StoreError):
             is_its_own = folder.load_json("job.json").get("run_id") == record.run_id
@@ -170,10 +167,8 @@ def _of_deleted(deleted: Iterable[RunRecord], others: list[RunRecord], living: s
                 yield Waste(DELETED, folder.location, _num_bytes(folder), record.name)
 
 
-def _of_purged(uri: str, known: set[str], now: float) -> Iterator[Waste]:
+def _of_purged(known: set[str], now: float) -> Iterator[Waste]:
     """Yield the folders of runs that were deleted and then purged from this machine's own tracker."""
-    if tracking_status().uri != uri:
-        return
     for root in sorted((home_path() / "storage").glob("*")):
         folder = RunFolder(root)
         if not _RUN_ID.fullmatch(root.name) or root.name in known or not _is_old(root, now):
