@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from dabnn import packed_file
 from dabnn.errors import InvalidInputError
-from dabnn.fusion import fuse
+from dabnn.fusion import NetState, fuse
 from dabnn.half import Rounded, to_half, what_is_half
 from dabnn.layers import BinaryConv2d
 from dabnn.models import ModelSpec, Network
 from dabnn.models.folding import SignThreshold, find_threshold, fold, sign_norms, unfold
-from dabnn.models.network import check_image_shape
 from dabnn.models.table import float_bytes
 from dabnn.packed_check import check_extras, check_layers, check_tensors, lay_out
 from dabnn.packed_conv import PackedConv2d
-from dabnn.packed_place import check_device, check_dtype, place
+from dabnn.packed_place import check_device, check_dtype, check_images, place, without_autocast
 from dabnn.packed_weight_conv import PackedWeightConv2d
 from dabnn.quantizers import expand
 
@@ -105,6 +104,7 @@ class PackedModel:
 
         The network runs channels-last, in which packed signs come and go without a transposition. Float layers round
         differently there: the same logits, bit for bit, are those of the trained network on channels-last images.
+        Autocast does not reach into it: `to(dtype=...)` chooses the types.
 
         Args:
             images: float32, or in the model's `dtype`; on its device, in any strides.
@@ -112,8 +112,10 @@ class PackedModel:
         Raises:
             InvalidInputError: The images have another type, device, number of channels or size.
         """
-        self._check_images(images)
-        logits: Tensor = self.running()(images.to(self.dtype, memory_format=torch.channels_last))
+        device = self.device
+        check_images(self.spec, images, self.dtype, device)
+        with without_autocast(device):
+            logits: Tensor = self.running()(images.to(self.dtype, memory_format=torch.channels_last))
         return logits
 
     @property
@@ -121,6 +123,7 @@ class PackedModel:
         """Where the network is."""
         return next(self.net.parameters()).device
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedModel":
         """Return this model on another device, with its float layers in another type; `save` writes the same file.
 
@@ -142,29 +145,17 @@ class PackedModel:
         return replace(model, net=place(model.net, target[1], target[0]), dtype=target[0])
 
     def running(self) -> Network:
-        """Return the form in which the network runs (`dabnn.fusion`), on the device where it is."""
-        device = self.device
-        if self._fused.get("device") != device:
+        """Return the form in which the network runs (`dabnn.fusion`), made anew when `net` was changed.
+
+        A change is another tensor or module in `net`, or a write that torch counts; what is written behind its back,
+        into `tensor.data` or through NumPy, is not seen. `save` writes `tensors`, which no change of `net` reaches.
+        """
+        if not self._fused or not self._fused["state"].holds():
             with torch.inference_mode(False):  # of tensors made in it nothing rearranged is kept
-                self._fused.update(device=device, net=fuse(self.net))
+                state = NetState(self.net)
+                self._fused.update(net=fuse(self.net), state=state)
         net: Network = self._fused["net"]
         return net
-
-    def _check_images(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor):
-            raise InvalidInputError(f"images: a {type(images).__name__}. Give a torch tensor (N, C, H, W).")
-        check_image_shape(self.spec, images)
-        if images.dtype not in (torch.float32, self.dtype):
-            raise InvalidInputError(
-                f"images: {images.dtype}, and this model takes normalized images in torch.float32"
-                f"{'' if self.dtype == torch.float32 else f' or {self.dtype}'}. Normalize bytes first, convert other "
-                "floats with .float()."
-            )
-        if images.device != self.device:
-            raise InvalidInputError(
-                f"images: on {images.device}, and the model is on {self.device}. Move the images there, or the model "
-                "with .to(device)."
-            )
 
     @property
     def is_half(self) -> bool:

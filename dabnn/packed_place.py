@@ -4,12 +4,15 @@ Bits, the scalars of binary layers, thresholds and batch normalisation stay as t
 and rounded they would turn signs. Left out: the file, which no move changes.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dabnn.errors import InvalidInputError
-from dabnn.models import Network
+from dabnn.models import ModelSpec, Network
 from dabnn.models.folding import SignThreshold
+from dabnn.models.network import check_image_shape
 from dabnn.packed_conv import PackedConv2d
 from dabnn.packed_weight_conv import PackedWeightConv2d
 
@@ -46,6 +49,34 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
             f"{', '.join(map(str, DTYPES))}; the binary layers are bits in each."
         )
     return dtype
+
+
+def check_images(spec: ModelSpec, images: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse what is no batch of normalized images for a network in `dtype` on `device`.
+
+    Raises:
+        InvalidInputError: They have another type, device, number of channels or size.
+    """
+    if not isinstance(images, Tensor):
+        raise InvalidInputError(f"images: a {type(images).__name__}. Give a torch tensor (N, C, H, W).")
+    check_image_shape(spec, images)
+    if images.dtype not in (torch.float32, dtype):
+        raise InvalidInputError(
+            f"images: {images.dtype}, and this model takes normalized images in torch.float32"
+            f"{'' if dtype == torch.float32 else f' or {dtype}'}. Normalize bytes first, convert other floats with "
+            ".float()."
+        )
+    if images.device != device:
+        raise InvalidInputError(
+            f"images: on {images.device}, and the model is on {device}. Move the images there, or the model with "
+            ".to(device)."
+        )
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which torch chooses no other types for operations on this device."""
+    is_on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
 def place(net: Network, device: torch.device, dtype: torch.dtype) -> Network:
