@@ -37,15 +37,20 @@ class World:
     control: Any = None
 
     @classmethod
-    def current(cls, device: torch.device | str = "cpu") -> "World":
-        """Return the place of this process in the default process group, or a world of one without a group."""
+    def current(cls, device: torch.device | str = "cpu", timeout_s: float = COLLECTIVE_TIMEOUT_S) -> "World":
+        """Return the place of this process in the default process group, or a world of one without a group.
+
+        Args:
+            device: Where tensors of this rank live.
+            timeout_s: How long a rank waits for the others in what it exchanges beside the gradients.
+        """
         device = torch.device(device)
         if not dist.is_available() or not dist.is_initialized():
             return cls(0, 1, device)
         control = (
             dist.group.WORLD
             if dist.get_backend() == "gloo"
-            else dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+            else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         )
         return cls(dist.get_rank(), dist.get_world_size(), device, control)
 

@@ -23,10 +23,9 @@ from dabnn.memory import MemoryLimitError, advice, kernel_kills
 from dabnn.observer import LeavingError
 from dabnn.run_folder import RunFolder
 from dabnn.watch import HangError
-from jobs.watch import SilentError
 from orchestrator.config import Config
 from orchestrator.failure import Decision, Failure, Kind, Limits, decide
-from orchestrator.story import note, recorded
+from orchestrator.story import note, reached, recorded
 
 # The first that is there is the cause; those after it follow from it in other workers.
 _ORDER = (
@@ -37,6 +36,10 @@ _CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pi
 _NODE = re.compile(r"node (has )?died|node was terminated|node is dead", re.IGNORECASE)
 _MEMORY = re.compile(r"NODE_OUT_OF_MEMORY|running low on memory")
 _ADDRESS = re.compile(r"^\s*ip: (\S+)", re.MULTILINE)
+
+
+class SilentError(DabError):
+    """A worker does not answer while another one failed."""
 
 
 class Judge:
@@ -58,6 +61,16 @@ class Judge:
         Args:
             error: What Ray Train raised.
         """
+        failure, decision = self.weigh(error)
+        self.tell(failure, decision)
+        return failure, decision
+
+    def tell(self, failure: Failure, decision: Decision) -> None:
+        """Note what was decided about a failure in the run's folder, and tell it."""
+        note(self._folder, failure, decision, self._tell)
+
+    def weigh(self, error: BaseException) -> tuple[Failure, Decision]:
+        """Return what `judge` does, without noting anything."""
         failure = self.failure_of(error)
         cluster, history = self._config.cluster, recorded(self._folder)
         limits = Limits(
@@ -67,23 +80,20 @@ class Judge:
             is_stopping=self._folder.is_stop_requested(),
             advice=advice(self._config.data.batch_size, cluster.num_processes),
         )
-        decision = decide(failure, history, limits)
-        note(self._folder, failure, decision, self._tell)
-        return failure, decision
+        return failure, decide(failure, history, limits)
 
     def failure_of(self, error: BaseException) -> Failure:
         """Return what ended an attempt."""
-        progress, attempts = self._folder.progress(), self._folder.attempts()
-        start_step = int(attempts[-1]["start_step"]) if attempts else 0
+        attempts, start_step, step = reached(self._folder)
         found = sorted(self._causes(error), key=lambda cause: _ORDER.index(cause.kind))
         first = found[0]
         others = [cause.why for cause in found[1:] if cause.kind in (Kind.HANG, Kind.NODE_LOST, Kind.WORKER_LOST)]
         return Failure(
             kind=first.kind,
             why="; ".join(dict.fromkeys([first.why, *others])),
-            step=max(int(progress.get("step", 0)), start_step),
+            step=step,
             start_step=start_step,
-            attempt=len(attempts),
+            attempt=attempts,
             node=first.node,
             rank=first.rank,
         )

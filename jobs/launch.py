@@ -123,7 +123,7 @@ class _Attempts:
         from jobs.failures import Judge
 
         self.spec, self.folder, self.cluster, self.name, self.tell = spec, folder, config.cluster, name, tell
-        self.needs = Needs.of(config.cluster)
+        self.config, self.needs = config, Needs.of(config.cluster)
         self.wanted = _wanted(spec, config.cluster, tracking_uri)
         self.judge = Judge(folder, config, tell)
         self.shunned: dict[str, float] = {}
@@ -183,7 +183,7 @@ class _Attempts:
 
         try:
             with self._growing(places) as is_asked:
-                fit(self.spec, self.folder, self.cluster, name, places)
+                fit(self.spec, self.folder, self.config, name, places)
         except ENDS as error:
             if is_asked.is_set() and _has_left(error):
                 return None

@@ -21,7 +21,7 @@ from dabnn.run_folder import RunFolder
 from dabnn.watch import STACKS
 from orchestrator.failure import HUNG, Action, Decision, Failure, Kind, Limits, decide
 from orchestrator.job import VARIABLE
-from orchestrator.story import message, note, recorded
+from orchestrator.story import message, note, reached, recorded
 
 _PROGRAM = "jobs.train"
 _PR_SET_PDEATHSIG = 1
@@ -91,7 +91,7 @@ def _end_with_parent() -> None:
 
 def _lost(folder: RunFolder, code: int, *, is_memory_short: bool) -> Failure:
     """Return what is known of a driver's end; with `cluster.num_workers=0` it trained itself."""
-    attempts, progress = folder.attempts(), folder.progress()
+    attempts, start_step, step = reached(folder)
     if code == HUNG:
         kind, why = Kind.HANG, f"no step was taken; what it was doing is in {folder.place_of(STACKS)}"
     elif code == -signal.SIGKILL and is_memory_short:
@@ -103,9 +103,9 @@ def _lost(folder: RunFolder, code: int, *, is_memory_short: bool) -> Failure:
     return Failure(
         kind,
         why,
-        step=int(progress.get("step", 0)),
-        start_step=int(attempts[-1]["start_step"]) if attempts else 0,
-        attempt=len(attempts),
+        step=step,
+        start_step=start_step,
+        attempt=attempts,
     )
 
 

@@ -17,7 +17,6 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution import context as execution_context
-from ray.train.v2.api.exceptions import WorkerGroupError
 
 from dabnn.distributed import COLLECTIVE_TIMEOUT_S, World
 from dabnn.observer import Watch
@@ -25,12 +24,14 @@ from dabnn.run_folder import RunFolder
 from dabnn.spec import TrainSpec
 from dabnn.train import train
 from dabnn.watch import WorkerWatch, hang_limit_s, watched
+from jobs.group import Group, inner
 from jobs.growth import GrowthWatch
-from jobs.watch import HeedSigterm, Witness, notice_of_ray
+from jobs.watch import HeedSigterm, notice_of_ray
 from orchestrator.capacity import Needs
-from orchestrator.config_sections import Cluster as ClusterConfig
+from orchestrator.config import Config
 from orchestrator.interfaces import VARIABLES, environment, interface_of
 
+_AFTER_HANG_S = 60.0
 _NODE_ID_LABEL = "ray.io/node-id"  # Ray gives it to every node
 
 
@@ -48,6 +49,9 @@ class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(use_interface, backend_config.interface)
         super().on_start(worker_group, backend_config)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """Do nothing: the processes are ended next; leaving the group politely waits 30 s for one that is frozen."""
 
 
 @dataclass
@@ -73,33 +77,37 @@ def use_interface(name: str | None) -> None:
         os.environ.update(environment(chosen))
 
 
-def fit(spec: TrainSpec, folder: RunFolder, cluster: ClusterConfig, name: str, places: Sequence[str]) -> None:
+def fit(spec: TrainSpec, folder: RunFolder, config: Config, name: str, places: Sequence[str]) -> None:
     """Train until the loop has left its result in `folder`.
 
     Args:
         spec: The run.
         folder: The run's folder.
-        cluster: What each worker needs.
+        config: The configuration that `spec` was made of.
         name: Unique name for Ray: a name used before would make Ray continue that run's state.
         places: Ids of the nodes of the workers, one entry a worker.
 
     Raises:
         ray.train.TrainingFailedError: A worker, its node or its start failed.
     """
-    # Ray Train passes it on to its controller and to the workers.
+    cluster = config.cluster
+    hang_s = hang_limit_s(cluster.hang_s, spec)
+    # Ray Train passes these on to its controller and to the workers.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{cluster.start_timeout_s:g}"
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{hang_s + _AFTER_HANG_S:g}"
+    os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
     trainer = TorchTrainer(
         _train_on_worker,
         train_loop_config={
             "spec": spec.to_dict(),
             "folder": folder.location,
             "threads": cluster.cpus_per_worker,
-            "hang_s": hang_limit_s(cluster.hang_s, spec),
+            "hang_s": hang_s,
             "may_grow": len(places) < cluster.num_workers,
         },
         torch_config=_Network(
             backend="nccl" if cluster.gpus_per_worker else "gloo",
-            timeout_s=COLLECTIVE_TIMEOUT_S,
+            timeout_s=int(_collective_timeout_s(hang_s)),
             interface=cluster.interface,
         ),
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg] # what ray declares is its older form
@@ -112,18 +120,17 @@ def fit(spec: TrainSpec, folder: RunFolder, cluster: ClusterConfig, name: str, p
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(folder.root / "ray"),
-            callbacks=[Witness(), HeedSigterm()],  # type: ignore[list-item] # the same
+            callbacks=[Group(folder.location, config), HeedSigterm()],  # type: ignore[list-item] # the same
+            # Group decides how often.
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg] # the same
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                max_failures=-1, controller_failure_limit=0, max_preemption_failures=0
             ),
         ),
     )
     try:
         trainer.fit()
-    except WorkerGroupError as error:
-        # Ray wraps what the loop raised together with its traceback, which it has logged.
-        failures = {rank: getattr(each, "_base_exc", each) for rank, each in error.worker_failures.items()}
-        raise WorkerGroupError(str(error), failures) from error
+    except ray.train.TrainingFailedError as error:
+        raise inner(error) from error
 
 
 def _train_on_worker(settings: dict[str, Any]) -> None:
@@ -131,15 +138,23 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     # Ray names this logger after its file; at its own level each report would be a long line of the job's log.
     logging.getLogger(execution_context.__file__).setLevel(logging.WARNING)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(max(1, int(settings["threads"])))
     spec, folder = TrainSpec.from_dict(settings["spec"]), RunFolder.of(settings["folder"])
-    world = World.current(get_device())
+    world = World.current(get_device(), timeout_s=_collective_timeout_s(settings["hang_s"]))
     own = WorkerWatch(
         folder, world.rank, ray.util.get_node_ip_address(), hang_s=settings["hang_s"], notice=notice_of_ray
     )
     watch = GrowthWatch(folder, own) if settings["may_grow"] and world.is_main else own
-    watched(lambda: _loop(spec, folder, world, watch), own)
+    watched(lambda: _loop(spec, folder, world, watch, num_threads=max(1, int(settings["threads"]))), own)
 
 
-def _loop(spec: TrainSpec, folder: RunFolder, world: World, watch: Watch) -> None:
+def _loop(spec: TrainSpec, folder: RunFolder, world: World, watch: Watch, *, num_threads: int) -> None:
+    """Train in this thread, which is not the one that Ray has prepared."""
+    torch.set_num_threads(num_threads)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
     train(spec, folder, world=world, observer=ReportToRay(), watch=watch)
+
+
+def _collective_timeout_s(hang_s: float) -> float:
+    """Return how long ranks wait for each other: longer than a hang takes to be noticed, which is told better."""
+    return max(COLLECTIVE_TIMEOUT_S, hang_s + _AFTER_HANG_S)

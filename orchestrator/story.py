@@ -43,6 +43,14 @@ def recorded(folder: RunFolder) -> list[Failure]:
     return failures
 
 
+def reached(folder: RunFolder) -> tuple[int, int, int]:
+    """Return how many attempts began, with which step the last one did, and which step the run has reached."""
+    attempts, progress = folder.attempts(), folder.progress()
+    start_step = int(attempts[-1]["start_step"]) if attempts else 0
+    saved = max((int(path.stem.removeprefix("step-")) for path in folder.checkpoints.glob("step-*.json")), default=0)
+    return len(attempts), start_step, max(start_step, saved, int(progress.get("step", 0)))
+
+
 def note(folder: RunFolder, failure: Failure, decision: Decision, tell: Callable[[str], None]) -> None:
     """Leave a failure and what was decided in the run's folder, and tell it in words."""
     event = failure.to_event() | {"action": str(decision.action), "reason": decision.reason}
