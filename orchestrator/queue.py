@@ -123,6 +123,18 @@ def turn_at_submission(target: Target, reached: Reached, carried: Mapping[str, s
     return Turn("start") if mine is None else turn_of(mine, entries(jobs(target)), reached.total)
 
 
+def reason_of(target: Target, job_id: str) -> str:
+    """Return why a job of a cluster waits for its turn, or an empty text.
+
+    Raises:
+        DabError: The cluster does not answer.
+    """
+    if not target.jobs_url:
+        return ""
+    turn = turns(entries(jobs(target)), reach(target).total).get(job_id)
+    return f"waits for its turn: {turn.reason}" if turn is not None and turn.reason else ""
+
+
 def own_cluster() -> Target:
     """Return the cluster that this process is a job of, as it is reached from there."""
     from ray.dashboard.utils import get_address_for_submission_client

@@ -11,14 +11,14 @@ from typing import Any
 from dabnn.checkpoints import list_checkpoints
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import RunFolder
-from orchestrator import tracking
+from orchestrator import queue, tracking
 from orchestrator.found_runs import folder_of as folder_of
 from orchestrator.home import home_folder
 from orchestrator.job import Job, is_job_of
 from orchestrator.jobs_api import ENDED_JOBS, LIVING_JOBS, follow_job, job_log, job_status, stop_job
 from orchestrator.origin import expect
 from orchestrator.reach import reach
-from orchestrator.sent_runs import target_of
+from orchestrator.sent_runs import remember, sent_run, target_of
 from orchestrator.story import story
 from orchestrator.submit import check_size, ensure_services, submit_job
 from orchestrator.target import Target, resolve_target
@@ -125,7 +125,7 @@ def status(uri: str, reference: str) -> RunStatus:
     folder = folder_of(record)
     result = folder.result()
     state, reason = decide_status(record.status, _job_status(record), result.get("status"))
-    reason = reason or result.get("message", "")
+    reason = reason or result.get("message", "") or (_why_queued(record) if state == "queued" else "")
     if state != record.status:
         _record_late(uri, record.run_id, folder, state, reason)
     elif state in ENDED and tracking.has_unsent(folder.metrics_file, record.run_id):
@@ -266,6 +266,8 @@ def resume(
     tracking.set_tags(uri, job.run_id, {"dab.message": "", "dab.job_id": job.job_id})
     tracking.set_status(uri, job.run_id, "queued")
     submit_job(job, target, reached)
+    if not target.is_embedded:
+        remember(sent_run(job, uri))
     return job, target
 
 
@@ -308,6 +310,13 @@ def _job_status(record: RunRecord) -> str | None:
         return UNREACHABLE
     # A queued run gets its job's name a moment before the cluster gets the job.
     return "PENDING" if known is None and record.status == "queued" else known
+
+
+def _why_queued(record: RunRecord) -> str:
+    try:
+        return queue.reason_of(target_of(record), record.tags.get("dab.job_id", ""))
+    except DabError:
+        return ""
 
 
 def _stoppable(current: RunStatus) -> list[RunFolder]:

@@ -1,7 +1,7 @@
-"""Where this machine has sent runs: which tracker knows a run, and which cluster its job is on.
+"""The runs that this machine has sent: which tracker knows a run, and which cluster its job is on.
 
-Runs of the embedded cluster are recorded by this machine's tracker and need no entry. The file `sent.jsonl` of DAB_HOME
-only saves typing: `dab status RUN` finds a run elsewhere without `--address`; the tracker stays the record.
+The file `sent.jsonl` of DAB_HOME only saves typing: `dab status RUN` finds a run that is recorded elsewhere without
+`--address`; the tracker stays the record.
 """
 
 import json
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 from dabnn.errors import InvalidInputError
 from orchestrator.home import home, home_path
+from orchestrator.job import Job
 from orchestrator.target import Target, resolve_target
 from orchestrator.tracking import RunRecord
 
@@ -17,14 +18,14 @@ _FILE = "sent.jsonl"
 
 @dataclass(frozen=True)
 class SentRun:
-    """A run that was sent elsewhere.
+    """A run that was sent from here.
 
     Attributes:
         run_id: MLflow run.
         name: Its name.
-        tracking_uri: MLflow server that knows it.
+        tracking_uri: MLflow server that knows it; empty for this machine's own, whose address may change.
         target: Name of the cluster.
-        jobs_url: URL of its Jobs API.
+        jobs_url: URL of its Jobs API; empty for the embedded one.
     """
 
     run_id: str
@@ -34,14 +35,24 @@ class SentRun:
     jobs_url: str
 
 
+def sent_run(job: Job, tracking_uri: str | None) -> SentRun:
+    """Return the entry for a job.
+
+    Args:
+        job: The run.
+        tracking_uri: MLflow server that the user named; None for this machine's own.
+    """
+    return SentRun(job.run_id, job.name, tracking_uri or "", job.target, job.whereabouts["dab.jobs_url"])
+
+
 def remember(run: SentRun) -> None:
     """Add a run to the file; an entry of before counts no more."""
     with (home() / _FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(run)) + "\n")
+        file.write("\n" + json.dumps(asdict(run)) + "\n")  # a line that was torn by a kill must not swallow this one
 
 
 def sent_runs() -> list[SentRun]:
-    """Return the runs that were sent elsewhere, the newest last; lines that cannot be read are left out."""
+    """Return the runs that were sent from here, the newest last; lines that cannot be read are left out."""
     try:
         lines = (home_path() / _FILE).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -58,19 +69,20 @@ def sent_runs() -> list[SentRun]:
 
 
 def tracker_of(reference: str) -> str | None:
-    """Return the tracker of a run that was sent elsewhere, by id, beginning of an id, or name; None if none was.
+    """Return the tracker of a run that was sent from here, by id, beginning of an id, or name.
+
+    Returns:
+        None for this machine's own tracker, or when no run matches.
 
     Raises:
         InvalidInputError: Runs on several trackers match.
     """
     matching = [run for run in sent_runs() if reference and (run.run_id.startswith(reference) or run.name == reference)]
-    trackers = list(dict.fromkeys(run.tracking_uri for run in matching))
+    trackers = {run.tracking_uri: run for run in matching}
     if len(trackers) > 1:
-        raise InvalidInputError(
-            f"run: {reference!r} fits runs on {len(trackers)} trackers: {', '.join(trackers)}. Use an id, or "
-            "--tracking-uri."
-        )
-    return trackers[0] if trackers else None
+        known = ", ".join(f"{run.run_id[:8]} on {uri or 'this machine'}" for uri, run in trackers.items())
+        raise InvalidInputError(f"run: {reference!r} fits runs of {len(trackers)} trackers: {known}. Use an id.")
+    return next(iter(trackers), None) or None
 
 
 def tracker_at(target: Target) -> str:
@@ -79,7 +91,7 @@ def tracker_at(target: Target) -> str:
     Raises:
         InvalidInputError: `clusters.toml` does not say, and no run was sent there from here.
     """
-    sent = [run.tracking_uri for run in sent_runs() if target.jobs_url == run.jobs_url]
+    sent = [run.tracking_uri for run in sent_runs() if target.jobs_url == run.jobs_url and run.tracking_uri]
     uri = target.tracking_uri or (sent[-1] if sent else None)
     if uri is None:
         raise InvalidInputError(

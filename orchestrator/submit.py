@@ -21,7 +21,7 @@ from orchestrator.reach import Reached, reach
 from orchestrator.resolve import check_room, manifest_of, model_table, resolve
 from orchestrator.search import check_trials
 from orchestrator.send import Parcel, hand_over, preview, send
-from orchestrator.sent_runs import SentRun, remember
+from orchestrator.sent_runs import remember, sent_run
 from orchestrator.target import Target, ensure_target, resolve_target
 from orchestrator.tracking_server import ensure_tracking, tracking_status
 
@@ -140,6 +140,7 @@ def submit(
         _check_elsewhere(ready, target, reached, uri, on_note=on_note, on_wait=on_wait)
     job = _create_run(ready, uri, "sweep" if sweep else "train", target)
     submit_job(job, target, reached, on_note)
+    remember(sent_run(job, ready.config.tracking.uri))
     return job, target
 
 
@@ -267,8 +268,6 @@ def submit_job(
         # First the tag, then the job: whoever asks for the status in between finds a job that is not known yet.
         tracking.set_tags(uri, run_id, {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt), **job.whereabouts})
         send(target, parcel)
-        if not target.is_embedded:
-            remember(SentRun(run_id, job.name, uri, target.name, target.jobs_url))
     except BaseException as error:  # an interruption, too: a run without a job would stay queued for ever
         reason = str(error) or type(error).__name__
         tracking.set_tags(uri, run_id, {"dab.message": f"the job could not be submitted: {reason}"})

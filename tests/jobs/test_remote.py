@@ -27,7 +27,7 @@ from orchestrator.reach import reach
 from orchestrator.send import Parcel, send
 from orchestrator.target import Target, Token
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 ALONE = "cluster.num_workers=0"
 

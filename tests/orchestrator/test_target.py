@@ -494,6 +494,7 @@ def test_what_jobs_carry_is_read_back_and_what_others_carry_is_left_out() -> Non
 def test_a_run_that_was_sent_elsewhere_is_found_again(own_home: Path) -> None:
     sent = SentRun("ab12", "night", "http://mlflow", "lab", "http://a:1")
     remember(sent)
+    remember(SentRun("cd12", "here", "", "embedded", ""))
     remember(SentRun("ab34", "day", "http://other", "lab", "http://b:1"))
     with (own_home / "sent.jsonl").open("a") as file:
         file.write('{"torn')
@@ -501,8 +502,12 @@ def test_a_run_that_was_sent_elsewhere_is_found_again(own_home: Path) -> None:
     assert tracker_of("night") == tracker_of("ab1") == "http://mlflow"
     assert tracker_of("nobody") is None
     assert tracker_of("") is None
-    with pytest.raises(InvalidInputError, match="fits runs on 2 trackers"):
+    assert tracker_of("here") is None
+    with pytest.raises(InvalidInputError, match="fits runs of 2 trackers: ab12 on http://mlflow, ab34 on http://other"):
         tracker_of("ab")
+    remember(SentRun("ef12", "night", "", "embedded", ""))
+    with pytest.raises(InvalidInputError, match="ef12 on this machine"):
+        tracker_of("night")
     assert tracker_at(Target("lab", "http://b:1", None)) == "http://other"
     with pytest.raises(InvalidInputError, match=r"^--tracking-uri: where the runs of the cluster new are recorded"):
         tracker_at(Target("new", "http://c:1", None))
