@@ -139,6 +139,7 @@ class Lab:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # by default workers step back behind whatever else runs on the machine
             "RAY_memory_monitor_refresh_ms": "0",  # all machines of the lab show the memory of the one below
         }
 

@@ -20,6 +20,8 @@ from dabnn.run_folder import RunFolder
 
 CONFIG = ROOT / "examples" / "digits.yaml"
 WORKER, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
+# Ray starts it with the first training job and keeps it as long as the cluster: it belongs to no run.
+SHARED = "ray::_AutoscalingCoordinatorActor"
 DRIVER, SUPERVISOR = "-m jobs.train", "-m jobs.supervise"
 _TIMES = ("epoch_s", "images_per_s")  # what no two runs share
 _LIMIT_S = 400.0
@@ -114,7 +116,8 @@ class Trial:
         found = []
         for process in self.lab.find(title, *names):
             with contextlib.suppress(psutil.Error):
-                if self.run_id in process.environ().get("DAB_JOB", ""):
+                is_own = self.run_id in process.environ().get("DAB_JOB", "")
+                if is_own and not " ".join(process.cmdline()).startswith(SHARED):
                     found.append(process)
         return found
 
