@@ -8,18 +8,26 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from dabnn.errors import InvalidInputError
-from dabnn.models import ModelSpec, skeleton
-from dabnn.models.network import check_image_shape
+from dabnn.models import ModelSpec
 from dabnn.packed import Normalization, PackedModel, Provenance
+from dabnn.packed_check import check_extras, lay_out
+from dabnn.packed_place import check_images, without_autocast
 
 FORMAT = "dab-exported"
 INPUT, OUTPUT = "images", "logits"
 
 Run = Callable[[Tensor], Tensor]
+
+_PREPARED = ("mean", "std", "transform")
+_NAMES = ("spec", "classes", "provenance", *_PREPARED)
+_CPU = torch.device("cpu")
+_MAX_REASON = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +48,24 @@ class ExportedModel:
     normalization: Normalization | None = None
     provenance: Provenance = field(default_factory=Provenance)
 
+    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the logits (N, num_classes) of normalized images (N, in_channels, input_size, input_size).
+        """Return the logits (N, num_classes) of normalized images (N, in_channels, input_size, input_size) float32.
+
+        As in `dabnn.packed.PackedModel`, autocast does not reach into it.
 
         Raises:
-            InvalidInputError: The images have another number of channels or another size.
+            InvalidInputError: The images have another type, device, number of channels or size, or the file's network
+                does not take them, or gives no logits.
         """
-        check_image_shape(self.spec, images)
-        return self.run(images)
+        check_images(self.spec, images, torch.float32, _CPU)
+        with without_autocast(_CPU):
+            return self.run(images)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of another program says, short enough for a message of ours."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:_MAX_REASON]
 
 
 def describe(packed: PackedModel) -> dict[str, str]:
@@ -67,21 +85,53 @@ def described(path: Path, metadata: Mapping[str, str], load: Callable[[], Run]) 
     """Return the model of a file that says `metadata`, which is checked before `load` loads its network.
 
     Raises:
-        InvalidInputError: It is not of `describe`, or names a model that this program does not have.
+        InvalidInputError: It is not of `describe`, or names a model that this program does not have; or the network
+            cannot be loaded.
     """
     if metadata.get("format") != FORMAT:
         raise InvalidInputError(
             f"{path}: says nothing of a dab network, so dab export did not write it. Give a file that it wrote."
         )
-    known = ("spec", "classes", "mean", "std", "transform", "provenance")
+    values = {name: _value(path, name, metadata[name]) for name in _NAMES if name in metadata}
+    given = values.get("spec")
+    spec = lay_out(str(path), given if isinstance(given, dict) else {}).spec
+    prepared = {name: values[name] for name in _PREPARED if name in values} or None
+    extras = {"classes": values.get("classes"), "provenance": values.get("provenance"), "normalization": prepared}
+    check_extras(str(path), extras, num_classes=spec.num_classes, in_channels=spec.in_channels)
+    classes = extras["classes"]
+    return ExportedModel(
+        _guarded(path, spec, load()),
+        spec,
+        None if classes is None else tuple(classes),
+        None if prepared is None else Normalization.of(prepared),
+        Provenance.of(extras["provenance"] or {}),
+    )
+
+
+def _value(path: Path, name: str, text: str) -> Any:
     try:
-        values = {name: json.loads(metadata[name]) for name in known if name in metadata}
-        spec = skeleton(**values["spec"]).spec
-    except (KeyError, TypeError, ValueError, InvalidInputError) as error:
-        raise InvalidInputError(
-            f"{path}: its network is unknown to this dab ({error}). Update dab, or export the model again."
-        ) from error
-    classes, mean = values.get("classes"), values.get("mean")
-    prepared = None if mean is None else Normalization(tuple(mean), tuple(values["std"]), values["transform"])
-    provenance = Provenance.of(values.get("provenance") or {})
-    return ExportedModel(load(), spec, None if classes is None else tuple(classes), prepared, provenance)
+        return json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise InvalidInputError(f"{path}: its {name} is no JSON. Export the model again.") from error
+
+
+def _guarded(path: Path, spec: ModelSpec, run: Run) -> Run:
+    """Return `run`, which may be of any file, with every failure of it told as one of that file."""
+
+    def guarded(images: Tensor) -> Tensor:
+        try:
+            logits = run(images)
+        except Exception as error:  # what runs is another program's
+            raise InvalidInputError(
+                f"{path}: its network cannot be run ({first_line(error)}). Export the model again."
+            ) from error
+        expected = (len(images), spec.num_classes)
+        if not isinstance(logits, Tensor) or logits.dtype != torch.float32 or logits.shape != expected:
+            shown = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise InvalidInputError(
+                f"{path}: its network gives {shown}, where its model.spec asks for logits torch.float32 {expected}. "
+                "Export the model again."
+            )
+        return logits
+
+    return guarded

@@ -48,6 +48,11 @@ class Normalization:
     std: tuple[float, ...]
     transform: str = "auto"
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Normalization":
+        """Return what a file holds; one of before there were transforms to choose from names none."""
+        return cls(tuple(values["mean"]), tuple(values["std"]), values.get("transform", "auto"))
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -267,7 +272,7 @@ def load_packed(path: Path | str, *, weights: Weights = "bits") -> PackedModel:
         frame,
         packed_file.read_tensors(path, header).tensors,
         None if extras.get("classes") is None else tuple(extras["classes"]),
-        None if normalization is None else _normalization(**normalization),
+        None if normalization is None else Normalization.of(normalization),
         Provenance.of(extras.get("provenance") or {}),
         weights,
     )
@@ -282,11 +287,6 @@ def _check_header(source: str, frame: "_Frame", header: packed_file.Header) -> N
             raise InvalidInputError(
                 f"{source}: {name} is of type {kind}; bits are U8, and all else is F32 or F16. Export the model again."
             )
-
-
-def _normalization(mean: Sequence[float], std: Sequence[float], transform: str = "auto") -> Normalization:
-    """Return the normalization that a file holds; one of before there were transforms to choose from names none."""
-    return Normalization(tuple(mean), tuple(std), transform)
 
 
 def binary_layers(net: nn.Module) -> dict[str, BinaryConv2d]:

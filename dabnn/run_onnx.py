@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dabnn.activations import input_code
 from dabnn.errors import InvalidInputError
 from dabnn.export_onnx import LAYERS
-from dabnn.exported import INPUT, OUTPUT, ExportedModel, described
+from dabnn.exported import INPUT, OUTPUT, ExportedModel, described, first_line
 from dabnn.layers import BinaryConv2d
 from dabnn.models import skeleton
 from dabnn.packed import PackedModel
@@ -49,7 +49,7 @@ def load_onnx(path: Path | str) -> ExportedModel:
     session = _session(path, _read(path))
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.float().contiguous().numpy()})[0])
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.contiguous().numpy()})[0])
 
     return described(path, session.get_modelmeta().custom_metadata_map, lambda: run)
 
@@ -142,14 +142,14 @@ def _read(path: Path) -> bytes:
 
 def _session(path: Path, data: bytes) -> Any:
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = _ERRORS
     try:
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf) as error:
+    except Exception as error:  # onnxruntime's errors have nothing else in common
         raise InvalidInputError(
-            f"{path}: is no whole ONNX model, so it is damaged, cut off or something else. Export or copy it again."
+            f"{path}: is no whole ONNX model, or none that onnxruntime {onnxruntime.__version__} runs "
+            f"({first_line(error)}), so it is damaged, cut off or something else. Export or copy it again."
         ) from error

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from exported_nets import images, packed_from_file
 
+from dabnn.convert import load_model
 from dabnn.errors import InvalidInputError
+from dabnn.export_onnx import export_onnx
 from dabnn.export_program import export_program, load_program
 from dabnn.packed import PackedModel
 
@@ -212,3 +215,103 @@ def test_an_archive_that_is_packed_in_another_way_is_refused(program: Entries, t
     file.write_bytes(data)
     with pytest.raises(InvalidInputError, match=rf"^{file}: .* packed in a way"):
         load_program(file)
+
+
+@pytest.fixture(scope="module")
+def honest_onnx(packed: PackedModel, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export_onnx(packed, file)
+    return file.read_bytes()
+
+
+def saying(folder: Path, form: str, entries: Entries, data: bytes, changes: dict[str, str | None]) -> Path:
+    """A file with other metadata; None takes a value out."""
+    if form == "pt2":
+        about = json.loads(entries[ABOUT]) | changes
+        told = {name: text for name, text in about.items() if text is not None}
+        return written(folder, entries | {ABOUT: json.dumps(told).encode()})
+    model = onnx.load_from_string(data)
+    about = {prop.key: prop.value for prop in model.metadata_props} | changes
+    del model.metadata_props[:]
+    for name, text in about.items():
+        if text is not None:
+            model.metadata_props.add(key=name, value=text)
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+LIES: dict[str, tuple[dict[str, str | None], str]] = {
+    "no std": ({"std": None}, "its normalization is {.*, where dab writes mean, std"),
+    "one mean": (
+        {"mean": "[0.5]"},
+        r"its normalization\.mean is \[0\.5\], where dab writes numbers, one a channel of 3",
+    ),
+    "no mean": ({"mean": '"x"'}, r"its normalization\.mean is 'x'"),
+    "two classes": ({"classes": '["a", "b"]'}, r"its classes is \['a', 'b'\], where dab writes 7 names"),
+    "numbers": ({"classes": "[1, 2, 3, 4, 5, 6, 7]"}, "its classes is"),
+    "cut off": ({"classes": '["a'}, "its classes is no JSON"),
+    "provenance": ({"provenance": "[1]"}, r"its provenance is \[1\], where dab writes names with texts"),
+    "a number": ({"spec": "3"}, "its network cannot be built"),
+    "another": ({"spec": '{"name": "none", "num_classes": 3}'}, "its network cannot be built"),
+    "format": ({"format": "x"}, "says nothing of a dab network"),
+}
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+@pytest.mark.parametrize("lie", LIES)
+def test_what_a_file_says_of_itself_is_held_against_its_network(
+    lie: str, form: str, program: Entries, honest_onnx: bytes, tmp_path: Path
+) -> None:
+    changes, message = LIES[lie]
+    file = saying(tmp_path, form, program, honest_onnx, changes)
+    with pytest.raises(InvalidInputError, match=rf"^{file}: {message}"):
+        load_model(file)
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_a_network_that_is_not_the_one_it_is_said_to_be_is_refused_when_it_runs(
+    form: str, program: Entries, honest_onnx: bytes, packed: PackedModel, tmp_path: Path
+) -> None:
+    spec = {"name": "bincifarfbin", "num_classes": 3, "in_channels": 3, "input_size": 32, "width": 0.125}
+    changes: dict[str, str | None] = {"spec": json.dumps(spec), "classes": None}
+    model = load_model(saying(tmp_path, form, program, honest_onnx, changes))
+    with pytest.raises(InvalidInputError, match=r"^\S*: its network (cannot be run|gives)"):
+        model(torch.zeros(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"images: torch\.uint8, .* Normalize bytes first"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.bfloat16), r"images: torch\.bfloat16"),
+        (torch.zeros(1, 3, 8, 8), "images: shape"),
+        (None, "images: a NoneType"),
+    ],
+)
+def test_images_of_another_kind_are_refused_as_by_a_packed_model(
+    form: str, wrong: Any, message: str, program: Entries, honest_onnx: bytes, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidInputError, match=rf"^{message}"):
+        load_model(saying(tmp_path, form, program, honest_onnx, {}))(wrong)
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_autocast_and_gradients_do_not_reach_into_a_file(
+    form: str, program: Entries, honest_onnx: bytes, packed: PackedModel, tmp_path: Path
+) -> None:
+    model = load_model(saying(tmp_path, form, program, honest_onnx, {}))
+    x = images(2, packed.spec)
+    expected = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x.clone().requires_grad_()), expected)
+
+
+def test_an_onnx_model_that_onnxruntime_does_not_run_is_refused(honest_onnx: bytes, tmp_path: Path) -> None:
+    model = onnx.load_from_string(honest_onnx)
+    model.graph.node[0].op_type = "StringSplit" if model.graph.node[0].op_type != "StringSplit" else "Relu"
+    file = tmp_path / "model.onnx"
+    onnx.save(model, file)
+    with pytest.raises(InvalidInputError, match=rf"^{file}: is no whole ONNX model, or none that onnxruntime"):
+        load_model(file)
