@@ -1,11 +1,13 @@
-"""The one place that knows whether a person, a program or a terminal reads the output.
+r"""The one place that knows whether a person, a program or a terminal reads the output.
 
 Data goes to stdout, everything else to stderr. With `--json` stdout holds exactly one JSON document. Commands say what
-they found; how it looks is decided here.
+they found; how it looks is decided here. Names that come out of files may hold anything: characters that would steer a
+terminal are shown as escapes, such as \x1b.
 """
 
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -19,6 +21,8 @@ from typing import Any, Protocol
 from dabnn.errors import DabError as DabError  # the command line meets our failures here; it may not import dabnn
 
 _SECONDS_BETWEEN_LINES = 2.0
+# Control characters but for tab and line feed, lines and directions of Unicode, and halves of characters.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,9 @@ class Table:
 
         table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
         for column, is_right in zip(self.columns, self._is_right(), strict=True):
-            table.add_column(Text(column), justify="right" if is_right else "left")
+            table.add_column(Text(shown(column)), justify="right" if is_right else "left")
         for row, style in zip_longest(self.rows, self.styles, fillvalue=""):
-            table.add_row(*(Text(_cell(value)) for value in row), style=str(style))
+            table.add_row(*(Text(shown(_cell(value))) for value in row), style=str(style))
         return table
 
     def _is_right(self) -> list[bool]:
@@ -107,12 +111,13 @@ class Output:
         """
         if self.is_json:
             text = json.dumps(_finite(data), default=lambda value: _finite(_plain(value)), ensure_ascii=False)
+            text = _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
         else:
             if isinstance(human, Report) and sys.stdout.isatty():
                 _print_rich(human)
                 return
-            text = _key_lines(_plain_mapping(data)) if human is None else str(human)
-        print(text, file=sys.stdout)  # noqa: T201
+            text = shown(_key_lines(_plain_mapping(data)) if human is None else str(human))
+        print(text, file=sys.stdout, flush=True)  # noqa: T201 - before a hint, wherever that goes
 
     def stream(self, chunks: Iterable[str]) -> None:
         """Write text that arrives bit by bit, as it arrives; as JSON `{"text": ...}` when all of it is there."""
@@ -125,7 +130,7 @@ class Output:
 
     def note(self, text: str) -> None:
         """Tell a person something that is not data."""
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        print(shown(text), file=sys.stderr, flush=True)  # noqa: T201
 
     def hint(self, *command: str) -> None:
         """End a success by naming the next command, word by word, with the user's own names; programs are not told."""
@@ -158,6 +163,21 @@ class Output:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[status]}"))
         with RichProgress(*columns, console=Console(stderr=True)) as bars:
             yield _Bar(bars, description, unit)
+
+
+def shown(text: str) -> str:
+    """Return a text with escapes for the characters that would steer a terminal; lines and tabs stay."""
+    return _STEERING.sub(lambda found: _escape(found[0]), text)
+
+
+def one_line(text: str) -> str:
+    """Return what comes out of a file, such as a name, for the middle of a line."""
+    return shown(text).replace("\n", r"\x0a").replace("\t", r"\x09")
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def progress_text(done: float, total: float | None, rate: float, unit: str, text: str = "") -> str:
@@ -228,10 +248,10 @@ class _Bar:
 
     def __init__(self, bars: Any, description: str, unit: str) -> None:
         self._bars, self._unit, self._rate = bars, unit, _Rate()
-        self._task = bars.add_task(description, total=None, status="")
+        self._task = bars.add_task(shown(description), total=None, status="")
 
     def update(self, done: float, total: float | None = None, text: str = "") -> None:
-        status = progress_text(done, total, self._rate.after(done), self._unit, text)
+        status = progress_text(done, total, self._rate.after(done), self._unit, shown(text))
         self._bars.update(self._task, completed=done, total=total, status=status)
 
 
@@ -240,7 +260,7 @@ def _print_rich(report: Report) -> None:
 
     console = Console(file=sys.stdout)
     for part in report.parts:
-        console.print(part, markup=False, highlight=False)
+        console.print(shown(part) if isinstance(part, str) else part, markup=False, highlight=False)
 
 
 def _cell(value: object) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import output
-from orchestrator.output import Output, Table, duration_text, progress_text
+from orchestrator.output import Output, Report, Table, duration_text, one_line, progress_text
 
 
 @dataclass(frozen=True)
@@ -127,3 +127,46 @@ def test_a_task_that_fails_writes_no_last_state(capsys):
     with pytest.raises(ValueError, match="broken"):
         broken()
     assert capsys.readouterr().err == ""
+
+
+HOSTILE = "\x1b[31mred\x1b]0;title\x07\x9b1m\u202egnp\ud800\r"
+HARMLESS = r"\x1b[31mred\x1b]0;title\x07\x9b1m\u202egnp\ud800\x0d"
+
+
+def test_what_a_file_says_cannot_steer_a_terminal(capsys):
+    out = Output()
+    out.result({"name": HOSTILE}, f"{HOSTILE}\tseen\nas text")
+    out.result({HOSTILE: HOSTILE})
+    out.result({}, Report([HOSTILE, Table([HOSTILE], [[HOSTILE]])]))
+    out.note(HOSTILE)
+    out.error(HOSTILE, 1)
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{HARMLESS}\tseen\nas text\n{HARMLESS}  {HARMLESS}\n{HARMLESS}\n")
+    assert captured.err == f"{HARMLESS}\nerror: {HARMLESS}\n"
+    assert not set(captured.out + captured.err) & set(HOSTILE) & set("\x1b\x07\x9b\u202e\ud800\r")
+
+
+def test_a_terminal_with_colours_is_not_steered_either(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    Output().result({}, Report([HOSTILE, Table(["name"], [[HOSTILE]])]))
+    found = capsys.readouterr().out
+    assert found.count(r"red\x1b]0;title") == 2
+    assert "\x07" not in found
+    assert "\x9b" not in found
+
+
+def test_json_escapes_what_a_terminal_would_take_for_a_command_and_says_the_same(capsys):
+    Output(is_json=True).result({HOSTILE: [HOSTILE]})
+    text = capsys.readouterr().out
+    assert json.loads(text) == {HOSTILE: [HOSTILE]}
+    assert not set(text) & set("\x1b\x07\x9b\u202e\ud800\r")
+
+
+def test_names_in_other_scripts_are_shown_as_they_are(capsys):
+    names = "größer 日本語 👩\u200d🚀"
+    Output().result({}, names)
+    assert capsys.readouterr().out == f"{names}\n"
+
+
+def test_a_name_in_a_line_stays_in_its_line():
+    assert one_line("a\nb: 100 %\t\x1b") == r"a\x0ab: 100 %\x09\x1b"
