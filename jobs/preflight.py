@@ -104,7 +104,7 @@ def look_at(places: Sequence[str], addresses: Mapping[str, str], folder: RunFold
         met, late = _meet(sights, addresses)
         problems = {node: judge_meeting(addresses[node], *result) for node, result in met.items()}
         lost |= late
-    return Findings({node: lines for node, lines in problems.items() if lines}, lost)
+    return Findings({node: problems[node] for node in workers if problems.get(node)}, lost)
 
 
 def _ask(

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="dab-") as folder:
         os.environ["RAY_TMPDIR"] = folder
-        settings = {"object_store_memory": 100_000_000}
         head = {"num_cpus": 0, "node_ip_address": HEAD, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
-        cluster = Cluster(initialize_head=True, head_node_args={**head, "dashboard_port": free_port(), **settings})
+        cluster = Cluster(initialize_head=True, head_node_args={**head, "dashboard_port": free_port(), **settings()})
         nodes: dict[str, Any] = {}
         own: list[subprocess.Popen[bytes]] = []
         answer(cluster.address)
@@ -32,7 +32,7 @@ def main() -> None:
             for line in sys.stdin:
                 command, ip, *rest = line.split()
                 if command == "add":
-                    nodes[ip] = cluster.add_node(num_cpus=int(rest[0]), node_ip_address=ip, **settings)
+                    nodes[ip] = patiently(lambda ip=ip, cpus=rest[0]: add(cluster, ip, cpus))
                 elif command == "kill":
                     cluster.remove_node(nodes.pop(ip), allow_graceful=False)
                 else:
@@ -45,10 +45,42 @@ def main() -> None:
             cluster.shutdown()
 
 
+def add(cluster: Any, ip: str, cpus: str) -> Any:
+    """Start a node."""
+    return cluster.add_node(num_cpus=int(cpus), node_ip_address=ip, **settings())
+
+
+def patiently(call: Callable[[], Any], times: int = 3) -> Any:
+    """Call again what failed: Ray gives a node's agents 15 s to start, which a busy machine may take longer for."""
+    for _ in range(times - 1):
+        try:
+            return call()
+        except Exception as error:  # noqa: BLE001 - Ray raises just that
+            print(error, file=sys.stderr)
+    return call()
+
+
+def settings() -> dict[str, int]:
+    """Return what all nodes share: with ports that are told, Ray does not give up on a slow machine's agents."""
+    return {
+        "object_store_memory": 100_000_000,
+        "metrics_agent_port": free_port(),
+        "dashboard_agent_listen_port": free_port(),
+        "runtime_env_agent_port": free_port(),
+        "metrics_export_port": free_port(),
+    }
+
+
 def hidden(address: str, ip: str, cpus: str, folder: Path) -> "subprocess.Popen[bytes]":
     """Start a node in a mount namespace of its own, where `folder` is empty."""
     ray = Path(sys.executable).with_name("ray")
-    start = f"exec {ray} start --address={address} --node-ip-address={ip} --num-cpus={cpus} --block"
+    ports = " ".join(
+        f"--{name}={free_port()}"
+        for name in (
+            "dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port"
+        )
+    )  # fmt: skip
+    start = f"exec {ray} start --address={address} --node-ip-address={ip} --num-cpus={cpus} --block {ports}"
     return subprocess.Popen(
         ["unshare", "-m", "sh", "-c", f"mount -t tmpfs none {folder} && {start}"],
         stdout=subprocess.DEVNULL,

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +16,7 @@ from program import ROOT, wait_until
 
 from dabnn.run_folder import RunFolder
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 HERE = Path(__file__).parent
 TOKEN = "t" * 64
@@ -74,11 +74,14 @@ def nodes_of() -> Iterator[Nodes]:
         "RAY_raylet_start_wait_time_s": "120",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
-    process = start("nodes_program.py", env)
-    try:
-        yield Nodes(process, pipes(process)[1].readline().strip(), env)
-    finally:
-        process.communicate()
+    with ExitStack() as stack:
+        for _ in range(3):  # Ray gives a node's agents 15 s to start, which a busy machine may take longer for
+            process = start("nodes_program.py", env)
+            stack.callback(process.communicate)
+            address = pipes(process)[1].readline().strip()
+            if address:
+                break
+        yield Nodes(process, address, env)
 
 
 @pytest.mark.skipif(not CAN_HIDE, reason="a node that sees another disk needs root and unshare")
@@ -98,14 +101,14 @@ def test_what_a_node_lacks_is_found_before_training_and_named(digits: Path, tmp_
         nodes("add", "127.0.0.3", 1)
         nodes("hidden", "127.0.0.4", 1, own)
         wait_until(lambda: len(nodes.addresses()) == 3, poll_s=1)
-        told, _ = nodes.drive("look").communicate("\n".join(map(json.dumps, questions)) + "\n", timeout=300)
+        told, _ = nodes.drive("look").communicate("\n".join(map(json.dumps, questions)) + "\n", timeout=600)
     nothing, storage, data, interface, memory = map(json.loads, told.splitlines())
     assert nothing == []
     (line,) = storage
     assert line.startswith("storage: node 127.0.0.4 cannot use")
     (line,) = data
     assert line.startswith(f"data: node 127.0.0.4 does not see {own / 'digits'}")
-    assert [line.partition(" has no")[0] for line in interface] == [
+    assert sorted(line.partition(" has no")[0] for line in interface) == [
         "cluster.interface: node 127.0.0.3", "cluster.interface: node 127.0.0.4"
     ]  # fmt: skip
     assert all("/dev/shm" in line for line in memory)
@@ -122,15 +125,15 @@ def test_an_elastic_run_loses_a_node_gets_one_back_and_sees_the_same_samples(dig
         nodes("add", "127.0.0.3", 1)
         nodes("add", "127.0.0.4", 1)
         run = nodes.drive("train", folder.root, *overrides)
-        wait_until(lambda: folder.progress().get("step", 0) > 30, 300)
+        wait_until(lambda: folder.progress().get("step", 0) > 30, 600)
         nodes("kill", "127.0.0.4")
-        wait_until(lambda: len(folder.attempts()) == 2, 300)
+        wait_until(lambda: len(folder.attempts()) == 2, 600)
         nodes("add", "127.0.0.5", 1)
-        wait_until(lambda: len(folder.attempts()) == 3, 300)
+        wait_until(lambda: len(folder.attempts()) == 3, 600)
         grown = folder.attempts()[2]["start_step"]
-        wait_until(lambda: folder.progress().get("step", 0) > grown + 60, 300)
+        wait_until(lambda: folder.progress().get("step", 0) > grown + 60, 600)
         folder.request_stop()
-        told, _ = run.communicate(timeout=300)
+        told, _ = run.communicate(timeout=600)
         whole = RunFolder(tmp_path / "whole")
         num_epochs = len(folder.metrics())
         alone = ["cluster.num_workers=2", f"train.epochs={num_epochs}"]
