@@ -3,6 +3,7 @@
 The form follows from the file's name: `.onnx`, `.pt2`, and the packed file for all else.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def form_of(file: Path, given: str | None = None) -> Form:
     Raises:
         InvalidInputError: There is no such form, or the file's name ends like another form's.
     """
-    by_name = _SUFFIXES.get(file.suffix, "packed")
+    by_name = _SUFFIXES.get(file.suffix.lower(), "packed")
     if given is None or given == by_name:
         return by_name
     if given not in get_args(Form):
@@ -95,7 +96,7 @@ def convert(packed: PackedModel, file: Path, form: Form, batches: Iterable[Label
         InvalidInputError: A layer has no such form, or there is not one image.
         DabError: The file disagrees with the packed model, or cannot be written; no file was written.
     """
-    unchecked = file.with_name(f".unchecked.{file.name}")
+    unchecked = file.with_name(f".unchecked-{os.getpid()}.{file.name}")  # another export may go to the same file
     try:
         num_bytes = _writer(form)(packed, unchecked)
         comparison = _compare(packed, unchecked, form, num_bytes, batches)

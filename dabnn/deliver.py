@@ -4,6 +4,7 @@ The checks of an export are `dabnn.verify`; the file is `dabnn.packed`, files fo
 Leaves out where checkpoints come from.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def export(
     net = load_trained(checkpoint)
     prepared = prepare(train_data, net.spec, transform, mean, std)
     make_folder_of(file)
-    unchecked = file.with_name(f".{file.name}.unchecked")
+    unchecked = file.with_name(f".{file.name}.unchecked-{os.getpid()}")  # another export may go to the same file
     try:
         classes = load_manifest(train_data).classes
         made = pack(net, classes=classes, normalization=prepared, provenance=provenance)
@@ -203,8 +204,15 @@ def val_batches(
         yield from stream.epoch(0)
 
 
-def predict(file: Path, images: Sequence[Path]) -> list[Prediction]:
+def predict(
+    file: Path, images: Sequence[Path], on_bad: Callable[[Path, InvalidInputError], None] | None = None
+) -> list[Prediction]:
     """Return what a packed model, or a file made of one (`dabnn.convert`), sees in image files.
+
+    Args:
+        file: The model.
+        images: The images.
+        on_bad: Told of each image that cannot be read, which is then left out; None refuses the first.
 
     Raises:
         InvalidInputError: The model or an image cannot be read; the message names the file.
@@ -221,14 +229,29 @@ def predict(file: Path, images: Sequence[Path]) -> list[Prediction]:
         training=False,
     )
     names = packed.classes or tuple(str(index) for index in range(packed.spec.num_classes))
-    return [_predict_one(packed, made, names, image) for image in images]
+    found = []
+    for image in images:
+        try:
+            pixels = _pixels(made, image)
+        except InvalidInputError as error:
+            if on_bad is None:
+                raise
+            on_bad(image, error)
+        else:
+            found.append(_predict_one(packed, made, names, image, pixels))
+    return found
 
 
-def _predict_one(packed: PackedModel | ExportedModel, made: Any, names: Sequence[str], image: Path) -> Prediction:
+def _pixels(made: Any, image: Path) -> Any:
     try:
-        pixels = made.sample(decode_image(image.read_bytes()))
+        return made.sample(decode_image(image.read_bytes()))
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"{image}: no readable image ({error}).") from error
+
+
+def _predict_one(
+    packed: PackedModel | ExportedModel, made: Any, names: Sequence[str], image: Path, pixels: Any
+) -> Prediction:
     probabilities = packed(made.batch(pixels[None])).softmax(dim=1)[0]
     best = probabilities.topk(min(NUM_PREDICTIONS, len(names)))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -138,6 +138,8 @@ def read_header(path: Path) -> Header:
         raise InvalidInputError(
             f"{path}: cannot be read ({error.strerror}). Give a file that dab export wrote."
         ) from error
+    if room < 0:
+        raise _not_whole(path, f"it has {num_bytes} bytes, and the length of a header alone takes {_LENGTH_BYTES}")
     if not data:
         limit = f"{room:,} bytes" if room < MAX_HEADER_BYTES else f"the limit of {MAX_HEADER_BYTES:,}"
         raise _not_whole(path, f"its header is said to take {length:,} bytes, of {limit}")

@@ -1,7 +1,7 @@
 """`dab bench`: a packed file, a run or a model of the zoo beside its float peer, on this machine."""
 
-import os
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,18 @@ from dabnn.bench import BenchResult, FormResult, OnProgress
 from dabnn.bench_layers import LayerResult
 from dabnn.bench_networks import random_network
 from dabnn.bench_place import make_place
+from dabnn.convert import form_of
 from dabnn.deliver import load_trained
 from dabnn.errors import InvalidInputError
 from dabnn.models import names
 from dabnn.models.zoo import find
 from dabnn.packed import PackedModel, load_packed, pack
 from orchestrator.commands import Say, tracking_uri
-from orchestrator.found_runs import checkpoint_of
+from orchestrator.found_runs import check_no_file, checkpoint_of
+from orchestrator.home import home_path
 from orchestrator.output import Report, Table, View
+from orchestrator.sent_runs import tracker_of
+from orchestrator.tracking_server import tracking_status
 
 _LOSING = "yellow"
 
@@ -66,13 +70,13 @@ def find_packed(uri: str | None, target: str, input_size: int | None, say: Say) 
         InvalidInputError: It is none of them, or was made for images of another size.
     """
     if Path(target).is_file():
-        source, packed = "file", load_packed(target)
+        source, packed = "file", _from_file(target)
     elif target in names():
         family, _ = find(target)
         return "model", pack(random_network(target, num_classes=family.num_classes, input_size=input_size))
-    elif Path(target).suffix or os.sep in target:
-        raise InvalidInputError(f"{target}: no such file. Give a packed file, a model of `dab models`, or a run.")
     else:
+        check_no_file(target, "a packed file, a model of `dab models`, or a run")
+        _check_no_model(target, uri)
         source, packed = "run", pack(load_trained(checkpoint_of(tracking_uri(uri, say), target)))
     if input_size not in (None, packed.spec.input_size):
         raise InvalidInputError(
@@ -80,6 +84,28 @@ def find_packed(uri: str | None, target: str, input_size: int | None, say: Say) 
             "it out, or name a model of `dab models`."
         )
     return source, packed
+
+
+def _from_file(target: str) -> PackedModel:
+    form = form_of(Path(target))
+    if form != "packed":
+        raise InvalidInputError(
+            f"{target}: a file of the form {form}, and only packed models are measured, beside the float network that "
+            "they stand for. Give the packed file, which `dab export RUN -o model.safetensors` writes."
+        )
+    return load_packed(target)
+
+
+def _check_no_model(target: str, uri: str | None) -> None:
+    """Refuse what reads like the name of a model where no tracker runs that could know a run of that name."""
+    near = get_close_matches(target, names(), n=1)
+    if not near or uri is not None or tracker_of(target) is not None:
+        return
+    if not home_path().is_dir() or tracking_status().state == "stopped":
+        raise InvalidInputError(
+            f"{target}: no model of `dab models`; did you mean {near[0]}? If it is a run, start the experiment "
+            "tracker, which knows the names of runs, with `dab ui` first."
+        )
 
 
 def _document(found: BenchResult) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from orchestrator import sensitivity as sensitivities
 from orchestrator.cluster import cluster_down, cluster_status, ensure_cluster
 from orchestrator.config import load_config, to_dict
 from orchestrator.demo import DemoResult, run_demo
+from orchestrator.found_runs import check_no_file
 from orchestrator.job import Job
 from orchestrator.jobs_api import follow_job
-from orchestrator.output import Table, View, duration_text
+from orchestrator.output import Table, View, duration_text, one_line
 from orchestrator.reach import reach
 from orchestrator.resolve import train_spec
 from orchestrator.runs import RunStatus
@@ -161,6 +162,7 @@ def logs(uri: str | None, reference: str, *, follow: bool, say: Say, address: st
 
 def export(uri: str | None, reference: str, file: Path, *, half: bool, form: str | None, say: Say) -> View:
     """Export a run as a packed file, or in the form that the file's name asks for."""
+    deliver.form_of(file, form)  # refuses names that say something else, before the tracker is started
     say("comparing the packed network with the trained one on the validation images")
     data = deliver.export_run(tracking_uri(uri, say, reference), reference, file, half=half, form=form)
     again = data.get("comparison")
@@ -189,6 +191,7 @@ def evaluate(
     """
     file = Path(target)
     if not file.is_file():
+        check_no_file(target, "a run, or a file that `dab export` wrote")
         found = deliver.evaluate_run(tracking_uri(uri, say, target), target, data, on_batch, ten_crop=ten_crop)
     elif data is not None:
         found = deliver.evaluate_file(file, data, on_batch, ten_crop=bool(ten_crop))
@@ -200,14 +203,17 @@ def evaluate(
     )
 
 
-def predict(file: Path, images: list[Path]) -> View:
-    """Return what a packed model sees in images."""
-    seen = deliver.predict_files(file, images)
+def predict(file: Path, images: list[Path]) -> tuple[list[str], View]:
+    """Return what is wrong with images that cannot be read, and what a packed model sees in the others."""
+    seen, problems = deliver.predict_files(file, images)
     lines = []
     for entry in seen:
-        classes = ", ".join(f"{best['class']} {100 * best['probability']:.1f} %" for best in entry["classes"])
-        lines.append(f"{entry['image']}: {classes}")
-    return {"predictions": seen}, "\n".join(lines)
+        classes = ", ".join(f"{one_line(best['class'])} {100 * best['probability']:.1f} %" for best in entry["classes"])
+        lines.append(f"{one_line(entry['image'])}: {classes}")
+    return [problem["message"] for problem in problems], (
+        {"predictions": seen, "problems": problems},
+        "\n".join(lines),
+    )
 
 
 def sensitivity(

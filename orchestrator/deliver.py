@@ -10,7 +10,8 @@ from typing import Any
 
 from dabnn import deliver
 from dabnn.checkpoints import best_checkpoint
-from dabnn.convert import form_of, load_model
+from dabnn.convert import form_of as form_of
+from dabnn.convert import load_model
 from dabnn.data import load_manifest
 from dabnn.errors import InvalidInputError
 from dabnn.models import ModelSpec
@@ -133,12 +134,22 @@ def evaluate_run(
     return _evaluate(net, net.spec, normalization, load_manifest(train).classes, place, ten_crop, on_batch)
 
 
-def predict_files(file: Path, images: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return, for each image, its path and the most probable classes with probabilities."""
-    return [
+def predict_files(file: Path, images: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Return, for each image, its path and the most probable classes with probabilities; and the problems of others.
+
+    Raises:
+        InvalidInputError: The model cannot be read, or not one image.
+    """
+    problems: list[dict[str, str]] = []
+    predictions = [
         {"image": seen.image, "classes": [{"class": name, "probability": value} for name, value in seen.classes]}
-        for seen in deliver.predict(file, images)
+        for seen in deliver.predict(
+            file, images, lambda image, error: problems.append({"image": str(image), "message": str(error)})
+        )
     ]
+    if problems and not predictions:
+        raise InvalidInputError(" ".join(problem["message"] for problem in problems))
+    return predictions, problems
 
 
 def _evaluate(

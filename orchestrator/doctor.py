@@ -274,7 +274,7 @@ def _look_at_tracker() -> Check:
 def _database_complaint(database: Path) -> str:
     """Return what is wrong with a database, read only; empty if it holds the tables of MLflow."""
     try:
-        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)) as connection:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=5)) as connection:
             connection.execute("SELECT count(*) FROM experiments").fetchone()
     except sqlite3.Error as error:
         return str(error)

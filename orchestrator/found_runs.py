@@ -1,10 +1,15 @@
 """From the name of a run to what it left: its record, its folder, its best checkpoint."""
 
+import os
+from pathlib import Path
+
 from dabnn.checkpoints import best_checkpoint
 from dabnn.errors import InvalidInputError
 from dabnn.run_folder import RunFolder
 from orchestrator import tracking
 from orchestrator.tracking import RunRecord
+
+_SUFFIXES = (".safetensors", ".onnx", ".pt2")
 
 
 def folder_of(record: RunRecord) -> RunFolder:
@@ -17,6 +22,19 @@ def folder_of(record: RunRecord) -> RunFolder:
     if not path:
         raise InvalidInputError(f"{record.name}: this run was not made by `dab submit`; it has no tag dab.folder.")
     return RunFolder.of(path)
+
+
+def check_no_file(target: str, instead: str) -> None:
+    """Refuse what is named like a file, before a run of that name is looked for; call it where there is no such file.
+
+    Names of runs hold no slash. They may hold a dot, as in `lr0.1`; what follows it like the ending of a file is one.
+
+    Raises:
+        InvalidInputError: It is named like a file; `instead` is what to give.
+    """
+    ending = Path(target).suffix
+    if os.sep in target or ending[1:].isalpha() or ending.lower() in _SUFFIXES:
+        raise InvalidInputError(f"{target}: no such file. Give {instead}; a run of such a name is found by its id.")
 
 
 def best_run(uri: str, reference: str) -> RunRecord:

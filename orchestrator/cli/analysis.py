@@ -82,3 +82,5 @@ def bench(
             say=out.note,
         )
     out.result(*view)
+    next_command = {"file": ["predict", target, "IMAGE"], "model": ["models", "show", target]}
+    out.hint("dab", *next_command.get(view[0]["source"], ["export", target, "-o", "model.safetensors"]))

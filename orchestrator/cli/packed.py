@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.arguments import Json, Run, TrackingUri
-from orchestrator.output import Output
+from orchestrator.output import DabError, Output
 
 app = typer.Typer()
 
@@ -68,7 +68,13 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     as_json: Json = False,
 ) -> None:
-    """Print the most probable classes of images."""
+    """Print the most probable classes of images. The exit code is 1 when one of them cannot be read."""
     from orchestrator import commands
 
-    Output(is_json=as_json).result(*commands.predict(file, images))
+    out = Output(is_json=as_json)
+    problems, view = commands.predict(file, images)
+    out.result(*view)
+    for problem in problems:
+        out.note(f"error: {problem}")
+    if problems:
+        raise typer.Exit(DabError.exit_code)

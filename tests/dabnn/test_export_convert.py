@@ -1,3 +1,5 @@
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from dabnn.convert import Form, convert, form_of, load_model
 from dabnn.deliver import evaluate_on, export_converted, predict
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.packed import Normalization, PackedModel, pack
+from dabnn.verify import Labelled
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,18 @@ def test_a_file_is_not_written_without_an_image_to_compare_it_on(packed: PackedM
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_processes_may_write_one_file_at_once(packed: PackedModel, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def no_images() -> Iterator[Labelled]:
+        seen.extend(path.name for path in tmp_path.iterdir())
+        yield from ()
+
+    with pytest.raises(InvalidInputError, match="not one image"):
+        convert(packed, tmp_path / "model.onnx", "onnx", no_images())
+    assert seen == [f".unchecked-{os.getpid()}.model.onnx"]
+
+
 @pytest.mark.parametrize(
     ("name", "given", "form"),
     [
@@ -67,6 +82,8 @@ def test_a_file_is_not_written_without_an_image_to_compare_it_on(packed: PackedM
         ("a", None, "packed"),
         ("a.onnx", "onnx", "onnx"),
         ("a.dab", "packed", "packed"),
+        ("a.ONNX", None, "onnx"),
+        ("a.Pt2", "pt2", "pt2"),
     ],
 )
 def test_the_form_follows_from_the_name(name: str, given: str | None, form: str) -> None:

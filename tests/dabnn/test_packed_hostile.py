@@ -60,7 +60,8 @@ def metadata(spec: str = "{}", extras: str = "{}") -> dict[str, str]:
 
 ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 RAW = {
-    "empty": (b"", "its header is said to take 0 bytes"),
+    "empty": (b"", "it has 0 bytes, and the length of a header alone takes 8"),
+    "shorter than a length": (b"abc", "it has 3 bytes, and the length of a header alone takes 8"),
     "a long header": (raw(b"{}", length=2**62), "its header is said to take 4,611,686,018,427,387,904 bytes"),
     "a header beyond the end": (raw(b"{}", length=99), "99 bytes, of 2 bytes"),
     "no JSON": (raw(b"{" * 50), "its header is no JSON"),
