@@ -195,18 +195,10 @@ def _tail(target: Target, job_id: str, skip: int) -> Iterator[str]:
     client = job_client(target)
     with asking(target), contextlib.closing(asyncio.new_event_loop()) as loop:
         stream = client.tail_job_logs(job_id)
-        reading: asyncio.Task[str | None] | None = None
+        reading = loop.create_task(_next(stream))
         try:
-            while True:
-                reading = reading or loop.create_task(_next(stream))
-                loop.run_until_complete(asyncio.wait({reading}, timeout=_QUIET_S))
-                if not reading.done():
-                    if has_ended(target, job_id):  # asked for at once: the stream itself says so seconds later
-                        return
-                    continue
-                text, reading = reading.result(), None
-                if text is None:
-                    return
+            while _is_read(loop, reading, target, job_id) and (text := reading.result()) is not None:
+                reading = loop.create_task(_next(stream))
                 fresh, skip = text[skip:], max(0, skip - len(text))
                 if fresh:
                     yield fresh
@@ -214,15 +206,24 @@ def _tail(target: Target, job_id: str, skip: int) -> Iterator[str]:
             loop.run_until_complete(_abandon(stream, reading))
 
 
+def _is_read(loop: asyncio.AbstractEventLoop, reading: "asyncio.Task[str | None]", target: Target, job_id: str) -> bool:
+    """Wait for `reading`; return whether it came before the job ended, which the stream itself says seconds later."""
+    while True:
+        loop.run_until_complete(asyncio.wait({reading}, timeout=_QUIET_S))
+        if reading.done():
+            return True
+        if has_ended(target, job_id):
+            return False
+
+
 async def _next(stream: AsyncIterator[str]) -> str | None:
     return await anext(stream, None)
 
 
-async def _abandon(stream: Any, reading: "asyncio.Task[str | None] | None") -> None:
-    if reading is not None:
-        reading.cancel()
-        await asyncio.wait({reading})
-        reading.cancelled() or reading.exception()  # looked at, so that it is not reported as lost
+async def _abandon(stream: Any, reading: "asyncio.Task[str | None]") -> None:
+    reading.cancel()
+    await asyncio.wait({reading})
+    reading.cancelled() or reading.exception()  # looked at, so that it is not reported as lost
     await stream.aclose()
     await asyncio.sleep(0)
 
