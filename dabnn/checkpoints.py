@@ -20,6 +20,7 @@ import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +242,9 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 class CheckpointWriter:
     """Writes checkpoints of one run in a background thread, one at a time.
 
-    `save` copies the state and returns; the copy is written while training goes on. An error of the thread is raised
-    by the next `save` or by `wait`, so that none is lost.
+    `save` copies the state and returns; the copy is written while training goes on, without Python's lock for all that
+    takes time. The memory of the copy is used again, because getting it costs more than the copying. An error of the
+    thread is raised by the next `save` or by `wait`, so that none is lost.
     """
 
     def __init__(self, folder: Path, policy: CheckpointPolicy) -> None:
@@ -250,6 +252,13 @@ class CheckpointWriter:
         self._policy = policy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._copies = _Copies()
+        self.is_rehearsed = False
+
+    def rehearse(self, state: dict[str, Any]) -> None:
+        """Get the memory for copies of `state`, which takes several times as long as a copy, before it matters."""
+        self._copies.take(state)
+        self.is_rehearsed = True
 
     def save(self, state: dict[str, Any], moment: Moment, metrics: dict[str, float]) -> None:
         """Start writing `state` (tensors, containers and plain values) as the checkpoint of a moment.
@@ -258,7 +267,7 @@ class CheckpointWriter:
             DabError: The checkpoint before this one could not be written.
         """
         self.wait()
-        snapshot = _to_cpu_copy(state)
+        snapshot = self._copies.take(state)
         arguments = (snapshot, moment, dict(metrics))
         self._thread = threading.Thread(target=self._write_guarded, args=arguments, name="checkpoint-writer")
         self._thread.start()
@@ -286,22 +295,19 @@ class CheckpointWriter:
 
     def _write(self, state: dict[str, Any], moment: Moment, metrics: dict[str, float]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        content = buffer.getbuffer()
         path = self._folder / f"step-{moment.step:08d}.pt"
         temporary = path.with_suffix(".tmp")
         try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
+            with temporary.open("wb", buffering=0) as file:
+                sink = _Sink(file)
+                sink.save(state)
                 os.fsync(file.fileno())  # older checkpoints are removed right after
             temporary.replace(path)
             sync_folder(self._folder)  # the name too must be there before the commit is
         finally:
             temporary.unlink(missing_ok=True)
-        digest = hashlib.sha256(content).hexdigest()
-        entry = Checkpoint(path.name, metrics=metrics, sha256=digest, num_bytes=len(content), **asdict(moment))
+        digest = sink.digest.hexdigest()
+        entry = Checkpoint(path.name, metrics=metrics, sha256=digest, num_bytes=sink.num_bytes, **asdict(moment))
         write_json(path.with_suffix(".json"), asdict(entry), durable=True)
         self._remove_unneeded()
 
@@ -332,14 +338,80 @@ def is_intact(checkpoint: Checkpoint) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == checkpoint.sha256
 
 
-def _to_cpu_copy(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _to_cpu_copy(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_cpu_copy(item) for item in value)
-    return value
+class _Sink:
+    """A file that takes the checksum of what it is given; `torch.save` holds Python's lock for none of both."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self._error: OSError | None = None
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a state.
+
+        Raises:
+            OSError: The file does not take it.
+        """
+        try:
+            torch.save(state, self)  # type: ignore[arg-type] # it only writes
+        except RuntimeError:
+            if self._error is not None:  # torch has words of its own for it
+                raise self._error from None
+            raise
+
+    def write(self, data: bytes) -> int:
+        """Write all of `data`."""
+        left = memoryview(data).cast("B")
+        self.digest.update(left)
+        self.num_bytes += len(left)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._error = error
+            raise
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing: nothing is held back."""
+
+
+class _Copies:
+    """Copies of a state on the CPU, in memory that the next copy uses again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._used: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of `state`; that of the call before is overwritten."""
+        copy: dict[str, Any] = self._copy(state, ())
+        if any(tensor.is_pinned() for tensor in self._used.values()):
+            torch.cuda.synchronize()
+        self._buffers, self._used = self._used, {}
+        return copy
+
+    def _copy(self, value: Any, place: tuple[Any, ...]) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._copy_tensor(value.detach(), place)
+        if isinstance(value, dict):
+            return {key: self._copy(item, (*place, key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(item, (*place, number)) for number, item in enumerate(value))
+        return value
+
+    def _copy_tensor(self, tensor: Tensor, place: tuple[Any, ...]) -> Tensor:
+        buffer = self._buffers.get(place)
+        is_same = buffer is not None and (buffer.shape, buffer.dtype, buffer.stride()) == (
+            tensor.shape,
+            tensor.dtype,
+            tensor.stride(),
+        )
+        if buffer is None or not is_same:
+            buffer = torch.empty_like(tensor, device="cpu", pin_memory=True) if tensor.is_cuda else tensor.clone()
+        self._used[place] = buffer
+        return buffer.copy_(tensor, non_blocking=True)
 
 
 def _write_error(folder: Path, error: OSError) -> DabError:

@@ -256,6 +256,8 @@ class _Loop:
         decision, reason = self._agree()
         while decision is Verdict.CONTINUE and batch is not None:
             self._step(batch)
+            if self.world.is_main and not self.writer.is_rehearsed:  # the first step of an attempt is slow anyway
+                self.writer.rehearse(self.learner.state())
             self._report_progress()
             batch = self._fetch(batches)
             decision, reason = self._agree()
