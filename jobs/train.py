@@ -5,6 +5,7 @@ MLflow may be away for a while: the run's folder is the durable record, and what
 attempt.
 """
 
+import os
 import sys
 import threading
 import time
@@ -14,9 +15,11 @@ from typing import Any
 
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
+from dabnn.watch import HangError
 from jobs.connect import connect
 from jobs.launch import launch
 from jobs.record import FLUSH_TIMEOUT_S, leave_result, record_end, record_start
+from orchestrator.failure import HUNG
 from orchestrator.job import Job
 from orchestrator.origin import begin, origin_of
 from orchestrator.resolve import train_spec
@@ -39,6 +42,9 @@ def main() -> int:
             begin(folder, origin_of(config))
             spec = train_spec(config)
             result = launch(spec, folder, config, job.job_id, tracking_uri=job.tracking_uri, tell=say)
+        except HangError as error:  # of a loop in this process, whose thread hangs on: `jobs.supervise` starts another
+            say(str(error))
+            os._exit(HUNG)
         except DabError as error:
             result = {"status": "failed", "message": str(error)}
             leave_result(folder, result)
