@@ -71,7 +71,8 @@ class Trial:
     @property
     def working(self) -> RunFolder:
         """Where rank 0 works: the run's folder, or, where that lies behind a URL, one on the disk of its machine."""
-        found = self.lab.network.base.glob(f"disks/*/home/storage-cache/{self.run_id}-*/work/progress.json")
+        place = Path("disks", "*", "home", "storage-cache", f"{self.run_id}-*", "work", "progress.json")
+        found = self.lab.network.base.glob(str(place))
         newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
         return self.folder if newest is None else RunFolder(newest.parent)
 

@@ -144,6 +144,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(
         "digest",
         "cpus",
         "num_binary_layers",
+        "job",
     }
     assert shown["config"]["model"]["num_classes"] == 10
     assert not (own_home / "cluster.json").exists()
