@@ -192,7 +192,8 @@ def _problem(value: Any) -> str:
     """Return how many values are not finite, or nothing; other things than floating tensors have no problem."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
         return ""
-    if math.isfinite(sum(map(float, value.detach().aminmax()))):  # a thirtieth of what counting takes; NaN comes through
+    # A thirtieth of what counting takes; NaN comes through.
+    if math.isfinite(sum(map(float, value.detach().aminmax()))):
         return ""
     num_nan, num_inf = int(value.isnan().sum()), int(value.isinf().sum())
     if num_nan + num_inf == 0:

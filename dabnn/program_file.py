@@ -170,7 +170,8 @@ def _sizes(meta: Any) -> list[int]:
     """Return the sizes of a tensor; [0] where they are no positive numbers."""
     sizes = meta.get("sizes") if isinstance(meta, dict) else None
     numbers = [size.get("as_int") if isinstance(size, dict) else None for size in sizes or []]
-    return numbers if isinstance(sizes, list) and all(type(n) is int and n > 0 for n in numbers) else [0]
+    known = [number for number in numbers if type(number) is int and number > 0]
+    return known if isinstance(sizes, list) and len(known) == len(numbers) else [0]
 
 
 def _checked(path: Path, key: str, value: Any) -> Any:
