@@ -153,7 +153,8 @@ def resumed(dab: Dab, digits: Path, whole: Ended) -> dict[str, Any]:
 
     While they go on, the tracker is killed.
     """
-    stopped, lost = (detached(dab, narrow(digits, name)) for name in ("stopped", "lost"))
+    stopped = detached(dab, narrow(digits, "stopped"))
+    lost = detached(dab, narrow(digits, "lost", "cluster.max_failures=0"))
     held = hold(dab, [stopped, lost], num_workers=2)
     seen: dict[str, Any] = {"stopped": stopped, "lost": lost}
     (driver,) = processes_of(lost, "-m jobs.train")
@@ -311,7 +312,10 @@ def test_a_run_that_has_ended_cannot_be_stopped(resumed: dict[str, Any]) -> None
 def test_a_run_whose_driver_was_killed_is_failed_and_says_how_to_go_on(resumed: dict[str, Any]) -> None:
     status = resumed["lost status"]
     assert status["status"] == resumed["lost in list"]["status"] == "failed"
-    assert status["message"] == "its driver died; `dab resume` continues from the last checkpoint"
+    assert status["message"] == (
+        "its driver died (SIGKILL); cluster.max_failures=0 allows no restart. `dab resume` continues from the last "
+        "checkpoint."
+    )
 
 
 def test_resumed_runs_end_with_the_weights_of_an_undisturbed_one(whole: Ended, resumed: dict[str, Any]) -> None:
