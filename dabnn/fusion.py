@@ -21,8 +21,8 @@ import copy
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class _Sign:
 
 
 # Typed: of a method of dict mypy knows neither keys nor values.
-_VALUES: Callable[[dict[str, Any]], Iterable[Any]] = dict.values
+_VALUES: Callable[[Any], Iterable[Any]] = dict.values
 
 
 class NetState:
