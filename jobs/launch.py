@@ -127,6 +127,7 @@ class _Attempts:
         self.wanted = _wanted(spec, config.cluster, tracking_uri)
         self.judge = Judge(folder, config, tell)
         self.shunned: dict[str, float] = {}
+        self.unsound_since = 0.0
 
     def run(self) -> dict[str, Any]:
         """Return the result of the last attempt."""
@@ -168,10 +169,12 @@ class _Attempts:
     def _are_sound(self, places: Sequence[str], nodes: Seen, *, is_first: bool) -> bool:
         """Look at the nodes; those with a problem are left out for a while, unless nothing has begun yet."""
         findings = look_at(places, nodes.addresses, self.folder, self.wanted)
-        if findings.problems and is_first:
+        now = time.monotonic()
+        self.unsound_since = (self.unsound_since or now) if findings else 0.0
+        if findings.problems and (is_first or now - self.unsound_since >= _RETURN_S):
             raise DabError(str(findings))
         for node in (*findings.problems, *findings.lost):
-            self.shunned[node] = time.monotonic()
+            self.shunned[node] = now
         if findings:
             self.tell(str(findings))
         return not findings
