@@ -21,6 +21,8 @@ from dabnn.models.blocks import Chain, Shortcut
 # Positions a channel, since torch's evaluation of single ones takes another path.
 _MAP = (4, 4)
 _LARGEST = torch.finfo(torch.float32).max
+# Added to a variance of 1 it is nothing, in double precision too; torch 2.11 takes no 0.
+_NO_EPS = 2.0**-100
 
 
 class SignThreshold(nn.Module):
@@ -76,7 +78,7 @@ def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 def unfold(scale: Tensor, shift: Tensor) -> nn.BatchNorm2d:
     """Return a BN that computes scale * x + shift in evaluation; both (C,) float32."""
-    norm = nn.BatchNorm2d(len(scale), eps=0.0)
+    norm = nn.BatchNorm2d(len(scale), eps=_NO_EPS)
     norm.weight, norm.bias = nn.Parameter(scale), nn.Parameter(shift)
     return norm
 

@@ -30,6 +30,15 @@ def test_a_folded_norm_gives_the_same_bits(affine, size):
         assert torch.equal(unfold(*fold(norm)).eval()(x), norm(x))
 
 
+def test_an_unfolded_norm_has_an_eps_that_every_torch_takes_and_that_changes_no_bit():
+    scale, shift = torch.randn(64), torch.randn(64)
+    norm, x = unfold(scale, shift).eval(), torch.randn(5, 64, 4, 4)
+    assert norm.eps > 0  # torch 2.11 refuses 0, in evaluation too
+    expected = torch.batch_norm(x, scale, shift, torch.zeros(64), torch.ones(64), False, 0.1, 0.0, False)
+    with torch.no_grad():
+        assert torch.equal(norm(x), expected)
+
+
 def test_a_threshold_is_the_least_number_that_reaches_the_sign():
     norm = norm_of()
     threshold, falls = find_threshold(norm)
