@@ -31,6 +31,12 @@ _LOADER_BYTES = 100_000_000  # what a loader does not share with the worker that
 _DISK_BYTES = 200_000_000
 _MEGABYTE = 1e6
 _WRONG = "! "
+_GROUPS = Path("/sys/fs/cgroup")
+# Limit and use of a container's memory, in the newer and the older form of control groups.
+_MEMORY_FILES = (
+    (_GROUPS / "memory.max", _GROUPS / "memory.current"),
+    (_GROUPS / "memory" / "memory.limit_in_bytes", _GROUPS / "memory" / "memory.usage_in_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -316,12 +322,15 @@ def _listen(address: str) -> tuple[str, int]:
 def _free_memory() -> int:
     """Return what is free of the machine, or of the container that this process is in."""
     free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)
+    for limit, used in _MEMORY_FILES:
+        try:
+            allowed, taken = limit.read_text().strip(), int(used.read_text())
+            counts = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        except OSError:
+            continue
+        given_back = int(counts.get("inactive_file", 0))  # pages of files, which count as used
+        return free if allowed == "max" else min(free, int(allowed) - taken + given_back)
+    return free
 
 
 def _free(folder: Path) -> int:

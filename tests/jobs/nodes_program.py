@@ -80,9 +80,9 @@ def hidden(address: str, ip: str, cpus: str, folder: Path) -> "subprocess.Popen[
             "dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port"
         )
     )  # fmt: skip
-    start = f"exec {ray} start --address={address} --node-ip-address={ip} --num-cpus={cpus} --block {ports}"
+    start = f"{ray} start --address={address} --node-ip-address={ip} --num-cpus={cpus} --block {ports}"
     return subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", f"mount -t tmpfs none {folder} && {start}"],
+        ["unshare", "-m", "sh", "-c", f"mount -t tmpfs none {folder} && ({start} || {start} || {start})"],
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
