@@ -53,7 +53,7 @@ def run(spec: TrainSpec, folder: Path, observer: Any = None) -> TrainResult:
 
 
 def weights_of(folder: Path, number: int) -> dict[str, torch.Tensor]:
-    return dict(load_state(stage_end(RunFolder(folder).checkpoints, number).path)["net"])
+    return dict(load_state(stage_end(RunFolder(folder), number).path)["net"])
 
 
 class StopAfter:
