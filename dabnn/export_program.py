@@ -151,7 +151,10 @@ def _loaded(path: Path, archive: io.BytesIO) -> torch.export.ExportedProgram:
     log = logging.getLogger(torch.export.__name__)
     was_disabled, log.disabled = log.disabled, True  # of what is raised below it would log a traceback
     try:
-        return torch.export.load(archive)
+        with warnings.catch_warnings():
+            # Of torch 2.11's reader, about what it reads.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.export.load(archive)
     except Exception as error:  # torch's reader raises whatever its parts do
         raise InvalidInputError(
             f"{path}: torch {torch.__version__} cannot read this program. Export it again with this torch, or load it "
