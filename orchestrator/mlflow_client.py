@@ -161,4 +161,6 @@ def is_refusal(error: "MlflowException") -> bool:
 
     if not isinstance(error, RestException):
         return False
-    return error.get_http_status_code() in _REFUSALS  # type: ignore[no-untyped-call]
+    # MLflow says BAD_REQUEST of its database's failures, such as no free connection; wrong input has other codes.
+    is_of_database = error.error_code == "BAD_REQUEST"
+    return not is_of_database and error.get_http_status_code() in _REFUSALS  # type: ignore[no-untyped-call]

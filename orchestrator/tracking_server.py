@@ -28,6 +28,10 @@ _SERVER_ENV = {
     "MLFLOW_ENABLE_AI_GATEWAY": "false",
     "MLFLOW_ENABLE_REMOTE_ASSISTANT": "false",
     "PYTHONWARNINGS": "ignore",
+    # Connections for all 40 threads of the server: with 15, as by default, requests of hundreds of trials at once wait
+    # for one until they fail.
+    "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "40",
+    "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "10",
 }
 
 
@@ -167,7 +171,7 @@ def _command(settings: TrackingSettings, port: int, database: Path) -> list[str]
     )
     return [
         sys.executable, "-m", "mlflow", "server", "--host", settings.host, "--port", str(port), "--workers", "1",
-        "--backend-store-uri", settings.store or f"sqlite:///{database}",
+        "--backend-store-uri", settings.store_uri or f"sqlite:///{database}",
         "--artifacts-destination", settings.artifacts or str(home_folder("artifacts")),
         *guard,
     ]  # fmt: skip

@@ -64,6 +64,11 @@ class TrackingSettings:
         """Address by which programs of this machine reach it."""
         return _LOOPBACK if self.host == _ALL else self.host
 
+    @property
+    def store_uri(self) -> str | None:
+        """Database of runs with its driver, psycopg2; None for sqlite in DAB_HOME."""
+        return self.store and self.store.replace("postgresql://", "postgresql+psycopg2://", 1)
+
     def host_headers(self, port: int) -> str:
         """Return the hosts that requests may be addressed to, as `mlflow server --allowed-hosts` takes them."""
         names = dict.fromkeys(["localhost", _LOOPBACK, self.local_host, *self.allowed_hosts])
@@ -114,7 +119,7 @@ def _check(file: Path, settings: TrackingSettings) -> None:
 
 def _check_store(file: Path, store: str) -> None:
     parts = urlsplit(store)
-    if parts.scheme.partition("+")[0] != "postgresql":
+    if parts.scheme not in ("postgresql", "postgresql+psycopg2"):
         raise InvalidInputError(
             f"{file}: store: {shown(store)} is not postgresql://USER@HOST/DATABASE; leave it out for sqlite in "
             "DAB_HOME."

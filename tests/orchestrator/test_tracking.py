@@ -13,12 +13,13 @@ import pytest
 from gate import gate
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.exceptions import RestException
 
 from dabnn.errors import DabError, InvalidInputError
 from orchestrator import processes, tracking
 from orchestrator.commands import show_status
 from orchestrator.home import home
-from orchestrator.mlflow_client import unchecked_client
+from orchestrator.mlflow_client import is_refusal, unchecked_client
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -172,6 +173,15 @@ def test_a_server_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(DabError, match=f"^MLflow: no answer from {address}"):
             tracking.check_tracking(address)
+
+
+@pytest.mark.parametrize(
+    ("code", "is_final"),
+    [("INVALID_PARAMETER_VALUE", True), ("RESOURCE_DOES_NOT_EXIST", True), ("BAD_REQUEST", False)],
+)
+def test_failures_of_the_servers_database_are_no_refusals(code: str, is_final: bool) -> None:
+    error = RestException({"error_code": code, "message": "QueuePool limit of size 5 overflow 10 reached"})
+    assert is_refusal(error) == is_final
 
 
 @pytest.mark.parametrize("address", ["sqlite:///x.db", "./mlruns", "http://"])
