@@ -36,7 +36,7 @@ from dabnn.train import train
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-STEPS, EVERY, TURNS = 61, 10, 3
+STEPS, EVERY, TURNS = 55, 10, 3
 MODEL = {"name": "resnetfbin18", "num_classes": 10, "in_channels": 1, "input_size": 32, "width": 0.875}
 LIMIT_MS = 50.0
 

@@ -1,25 +1,27 @@
 """Runs that are sent to a cluster elsewhere: another home than the cluster's, over a link that can be cut."""
 
-import json
+import re
 import ssl
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from link import Link
-from program import Dab, Done, finish, wait_until
-from test_jobs import narrow
+from program import Dab, wait_until
+from test_jobs import CONFIG, narrow
 
-from dabnn.errors import DabError
+from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import RunFolder
-from orchestrator import cluster_view, tracking
+from orchestrator import cluster_view, commands, tracking
 from orchestrator.capacity import Needs
+from orchestrator.clusters_file import Entry
 from orchestrator.jobs_api import job_client, job_log, job_status, jobs, stop_job
 from orchestrator.package import package
 from orchestrator.queue import Waiting, metadata
@@ -34,13 +36,14 @@ ALONE = "cluster.num_workers=0"
 
 @dataclass(frozen=True)
 class Far:
-    """A cluster that is reached over a link, and the program on a machine that knows it as `far`."""
+    """A cluster that is reached over a link, from a home where it is known as `far`; notes are what a person reads."""
 
-    client: Dab
     link: Link
+    home: Path
     token_file: Path
     storage: Path
     tracking_uri: str
+    notes: list[str] = field(default_factory=list)
 
     @property
     def target(self) -> Target:
@@ -48,6 +51,18 @@ class Far:
 
     def folder(self, run_id: str) -> RunFolder:
         return RunFolder(self.storage / run_id)
+
+    def submit(self, arguments: list[str], address: str = "far", *, detach: bool = False) -> dict[str, Any]:
+        """Submit, as `dab submit` does, with the arguments of `narrow`."""
+        return commands.submit_run(
+            CONFIG, arguments[3::2], sweep=False, detach=detach, say=self.notes.append, address=address
+        )[0]
+
+    def status(self, run_id: str) -> dict[str, Any]:
+        return commands.show_status(None, run_id, self.notes.append)[0]
+
+    def stop(self, run_id: str, *, now: bool = False) -> dict[str, Any]:
+        return commands.stop_run(None, run_id, now=now, grace_s=120, say=self.notes.append)[0]
 
 
 @pytest.fixture(scope="module")
@@ -58,81 +73,90 @@ def far(dab: Dab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Far]:
         link = Link(port)
         stack.callback(link.close)
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dab-")))
-        client = Dab(home, tmp_path_factory.mktemp("elsewhere"))
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv("DAB_HOME", str(home))
         token = home / "token"
         token.touch(mode=0o600)
         token.write_text((dab.home / "ray_token").read_text())
-        client.ok(
-            "cluster", "add", "far", "--address", link.url, "--token-file", token, "--tracking", uri,
-            "--storage", storage,
-        )  # fmt: skip
-        yield Far(client, link, token, storage, uri)
+        entry = Entry(link.url, str(token), tracking=uri, storage=str(storage))
+        cluster_view.add("far", entry, replace=False, is_checked=True)
+        yield Far(link, home, token, storage, uri)
 
 
 @dataclass(frozen=True)
 class Story:
-    """What happened to two runs."""
+    """What happened to two runs: text and notes of whoever followed, what commands returned, bytes that were sent."""
 
     first: str
-    followed: Done
+    text: str
+    notes: list[str]
+    away: dict[str, Any]
+    refused: str
     stopped: dict[str, Any]
-    resumed: Done
-    second: Done
+    resumed: dict[str, Any]
+    second: dict[str, Any]
     sent: tuple[int, int]
-    seen: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def story(far: Far, digits: Path) -> Story:
-    """A long run that is followed while the link is cut, then stopped, resumed and ended; and a short one after it."""
-    client, link = far.client, far.link
-    before = link.bytes_up
-    first = client.ok(*narrow(digits, "first", ALONE, "train.epochs=10000"), "--address", "far", "--detach")["run_id"]
+    """A long run that is followed while the link is cut, stopped, resumed and ended at once; a short one in between."""
+    link, before = far.link, far.link.bytes_up
+    first = far.submit(narrow(digits, "first", ALONE, "train.epochs=10000"), detach=True)["run_id"]
     sent_first = link.bytes_up - before
-    following = client.start("logs", first, "--follow")
-    wait_until(lambda: len(far.folder(first).metrics()) >= 1 and link.num_connections)
-    time.sleep(3)  # lines are on their way
+    text: list[str] = []
+    notes: list[str] = []
+    follower = threading.Thread(
+        target=lambda: text.extend(commands.logs(None, first, follow=True, say=notes.append)), daemon=True
+    )
+    follower.start()
+    wait_until(lambda: far.folder(first).metrics() and any("epoch 1:" in part for part in text))
     link.cut()
-    time.sleep(3)
+    wait_until(lambda: any("the connection is lost" in note for note in notes))
+    away = far.status(first)
+    with pytest.raises(DabError) as refused:
+        far.submit(narrow(digits, "refused", ALONE))
     epochs = len(far.folder(first).metrics())
+    wait_until(lambda: len(far.folder(first).metrics()) > epochs)
     link.mend()
-    wait_until(lambda: len(far.folder(first).metrics()) > epochs + 1)
-    stopped = client.ok("stop", first)
-    followed = finish(following)
+    wait_until(lambda: any("answers again" in note for note in notes))
+    stopped = far.stop(first)
+    follower.join(120)
     before = link.bytes_up
-    second = client(*narrow(digits, "second", ALONE, "train.epochs=1"), "--address", link.url)
+    second = far.submit(narrow(digits, "second", ALONE, "train.epochs=1"), link.url)
     sent_second = link.bytes_up - before
-    seen = [job for job in client.ok("runs", "--address", "far")["runs"] if job["run_id"] == first]
-    resumed = client("resume", first, "--detach")
-    client.ok("stop", first, "--now")
-    return Story(first, followed, stopped, resumed, second, (sent_first, sent_second), seen)
+    resumed = commands.resume_run(None, first, detach=True, say=far.notes.append)[0]
+    far.stop(first, now=True)
+    return Story(
+        first, "".join(text), notes, away, str(refused.value), stopped, resumed, second, (sent_first, sent_second)
+    )
 
 
 def test_a_run_elsewhere_is_followed_to_its_end_and_recorded_where_the_cluster_says(far: Far, story: Story) -> None:
-    assert story.second.code == 0, story.second.stderr
-    assert story.second.data["status"] == "finished"
-    assert story.second.data["tracking_uri"] == far.tracking_uri
-    assert "epoch 1: train loss" in story.second.stderr
+    assert story.second["status"] == "finished"
+    assert story.second["tracking_uri"] == far.tracking_uri
+    assert any("epoch 1: train loss" in note for note in far.notes)
     record = tracking.find_run(far.tracking_uri, "second")
     assert record.tags["dab.target"] == "far"
     assert record.tags["dab.folder"] == str(far.storage / record.run_id)
 
 
 def test_a_log_that_is_followed_survives_a_cut_link_without_a_gap_or_a_line_twice(far: Far, story: Story) -> None:
-    assert story.followed.code == 0, story.followed.stderr
-    assert "the connection is lost" in story.followed.stderr
-    assert "answers again" in story.followed.stderr
-    assert story.followed.data["text"] == job_log(far.target, f"dab-{story.first[:16]}-a1")
+    assert story.text == job_log(far.target, f"dab-{story.first[:16]}-a1")
+
+
+def test_a_cluster_that_is_away_is_said_to_be_and_no_run_is_failed_for_it(story: Story) -> None:
+    assert story.away["status"] == "running"
+    assert story.away["message"] == "its cluster does not answer; this is what was known last"
+    assert story.refused.startswith("--address: the cluster far at ")
 
 
 def test_status_logs_stop_and_resume_find_a_run_elsewhere_without_its_address(far: Far, story: Story) -> None:
     assert story.stopped["status"] == "stopped"
     assert story.stopped["tracking_uri"] == far.tracking_uri
-    assert story.resumed.code == 0, story.resumed.stderr
-    assert story.resumed.data["job_id"] == f"dab-{story.first[:16]}-a2"
-    assert [run["status"] for run in story.seen] == ["stopped"]
-    assert not (far.client.home / "cluster.json").exists()
-    assert not (far.client.home / "tracking.json").exists()
+    assert story.resumed["job_id"] == f"dab-{story.first[:16]}-a2"
+    assert far.status("first")["status"] == "stopped"
+    assert not (far.home / "cluster.json").exists()
+    assert not (far.home / "tracking.json").exists()
 
 
 def test_code_that_the_cluster_has_is_not_sent_again(story: Story) -> None:
@@ -144,39 +168,18 @@ def test_code_that_the_cluster_has_is_not_sent_again(story: Story) -> None:
 def test_no_job_carries_the_token_or_a_text_that_a_user_chose_in_its_entrypoint(far: Far, story: Story) -> None:
     token = far.token_file.read_text().strip()
     shown = [job for job in job_client(far.target).list_jobs() if job.submission_id]
-    assert {job.entrypoint for job in shown if story.first[:16] in str(job.submission_id)} == {
-        'exec "${DAB_PYTHON:-python}" -m jobs.train'
-    }
-    assert token not in json.dumps([job.dict() for job in shown], default=str)
+    entrypoints = {job.entrypoint for job in shown if story.first[:16] in str(job.submission_id)}
+    assert [bool(re.fullmatch(r'exec "\$\{DAB_PYTHON:-python\}" -m jobs\.\w+', each)) for each in entrypoints] == [True]
+    assert token not in repr(shown)
     assert not [path for path in far.storage.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
-
-
-def test_a_cluster_that_is_away_does_not_make_a_run_failed(far: Far, digits: Path) -> None:
-    gone = narrow(digits, "alive", ALONE, "train.epochs=10000")
-    run_id = far.client.ok(*gone, "--address", "far", "--detach")["run_id"]
-    far.link.cut()
-    try:
-        status = far.client.ok("status", run_id)
-        refused = far.client(*gone, "--address", "far", "--detach")
-    finally:
-        far.link.mend()
-    assert status["status"] in ("queued", "running")
-    assert status["message"] == "its cluster does not answer; this is what was known last"
-    assert refused.code == 1
-    assert refused.message.startswith("--address: the cluster far at ")
-    far.client.ok("stop", run_id, "--now")
-    assert far.client.ok("status", run_id)["status"] == "stopped"
 
 
 def test_a_run_that_the_cluster_cannot_hold_is_refused_before_anything_is_created(far: Far, digits: Path) -> None:
     before = set(far.storage.iterdir())
-    done = far.client(*narrow(digits, "big", "cluster.num_workers=16", "data.batch_size=64"), "--address", "far")
-    assert done.code == 2
-    assert done.message.startswith(
-        "cluster.num_workers: 16 workers of 1 CPU each, but the cluster far (127.0.0.2: 4 CPU"
-    )
-    assert "12 are missing" in done.message
-    assert "--set cluster.wait=true" in done.message
+    with pytest.raises(
+        InvalidInputError, match=r"^cluster.num_workers: 16 workers of 1 CPU each, but the cluster far "
+    ):
+        far.submit(narrow(digits, "big", "cluster.num_workers=16", "data.batch_size=64"))
     assert set(far.storage.iterdir()) == before
 
 
