@@ -11,9 +11,9 @@ STAMP := .venv/.in-sync
 
 # A test that hangs says so; one thread a process, as tests start several processes on few cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 300
-# Two test processes; each holds up to 2 GB, and the tests of a file stay in one.
+# Two test processes; each holds up to 2 GB, and the tests of a file stay in one. They begin in the order of collection.
 TEST_PROCESSES ?= 2
-SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadgroup
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 ROOMS := kernels dabnn orchestrator jobs cli.py
 
 # Benchmarks write one JSON file each into the folder that they find under this name.

@@ -2,17 +2,35 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+SHARED_CLUSTER = "tests/jobs/"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest."""
+    items.sort(key=lambda item: group_of(item.nodeid) != SHARED_CLUSTER)
+
+
+@pytest.hookimpl(optionalhook=True)  # a CUDA machine need not have pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the tests of a file in one of several test processes, and those that share a cluster, too."""
-    for item in items:
-        parts = item.path.relative_to(Path(__file__).parent).parts
-        item.add_marker(pytest.mark.xdist_group("jobs" if parts[0] == "jobs" else "/".join(parts)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    path = nodeid.partition("::")[0]
+    return SHARED_CLUSTER if path.startswith(SHARED_CLUSTER) else path
 
 
 @pytest.fixture(scope="session")
