@@ -16,7 +16,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from dabnn import train
+from dabnn import torchrun, train
 from dabnn.data import Batch, Stream, loaders
 from dabnn.distributed import World
 from dabnn.models import ModelSpec
@@ -64,7 +64,7 @@ def run_rank(request: dict[str, Any], rank: int) -> None:
     record_samples(folder / "samples.jsonl", request["launch"])
     own = folder / f"spec-{rank}.json"
     sys.argv = ["dabnn.train", str(own if own.exists() else folder / "spec.json"), str(folder)]
-    train.main()
+    torchrun.main()
 
 
 def start(request: dict[str, Any]) -> list[int]:

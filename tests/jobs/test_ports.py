@@ -6,6 +6,7 @@ import json
 import pkgutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -76,7 +77,7 @@ def test_every_port_refuses_who_has_no_token(dab: Dab, running: str) -> None:
 
     assert num_guarded >= 8  # control service, raylet (2), agents, dashboard, drivers and workers
     assert set(exempt) <= {STORE, METRICS}
-    assert all("RayTrainWorker" in title for title in exempt.get(STORE, ()))
+    assert [title for title in exempt.get(STORE, ()) if "RayTrainWorker" not in title] == []
     assert all("dashboard" in title.lower() for title in exempt[METRICS])
     policy = (ROOT / "SECURITY.md").read_text()
     assert all(what in policy for what in exempt)
@@ -104,7 +105,8 @@ def test_secrets_stand_nowhere(dab: Dab, running: str) -> None:
     session = Path(json.loads((dab.home / "cluster.json").read_text())["details"]["session_folder"])
     files = [path for root in (dab.home, session) for path in root.rglob("*") if path.is_file()]
     for path in files:
-        shown[str(path)] = path.read_bytes().decode(errors="replace")
+        with suppress(FileNotFoundError):  # a checkpoint that a later one has replaced
+            shown[str(path)] = path.read_bytes().decode(errors="replace")
     holders = {place for place, text in shown.items() for secret in secrets if secret in text}
     assert holders == {str(dab.home / "ray_token")}
     assert (dab.home / "ray_token").stat().st_mode & 0o777 == 0o600
