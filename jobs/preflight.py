@@ -20,7 +20,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
-from jobs.growth import remove
 from orchestrator.mlflow_client import is_reachable
 from orchestrator.sight import (
     LOOK_LIMIT_S,
@@ -103,7 +102,9 @@ def look_at(places: Sequence[str], addresses: Mapping[str, str], folder: RunFold
         question = Question(
             tuple(here.data), folder.location, marker, text, _tracker(wanted), wanted.interface, wanted.disks
         )
-        sights, lost = _ask({node: partial(look, question, addresses[node]) for node in workers}, addresses, LOOK_LIMIT_S)
+        sights, lost = _ask(
+            {node: partial(look, question, addresses[node]) for node in workers}, addresses, LOOK_LIMIT_S
+        )
         seeing = {node: addresses[node] for node, sight in sights.items() if not sight.storage}
         problems = _unseen(folder, marker, text, seeing)
     for node, sight in sights.items():
@@ -202,7 +203,7 @@ def _marked(folder: RunFolder) -> Iterator[tuple[str, str]]:
     try:
         yield marker, text
     finally:
-        remove(folder, marker)
+        folder.remove(marker)
 
 
 def _unseen(folder: RunFolder, marker: str, text: str, answered: Mapping[str, str]) -> dict[str, list[str]]:
@@ -226,5 +227,5 @@ def _unseen(folder: RunFolder, marker: str, text: str, answered: Mapping[str, st
                 "run. Set storage to a folder that all nodes share, or to an s3:// URL."
             )
             problems[node] = [line]
-        remove(folder, name)
+        folder.remove(name)
     return problems
