@@ -22,7 +22,7 @@ from dabnn.data.remote import shown
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import RunFolder
 from orchestrator.home import home, read_record, write_private
-from orchestrator.jobs_api import has_ended, job_log, stop_job
+from orchestrator.jobs_api import has_ended, insisting, job_log, stop_job
 from orchestrator.target import Target
 
 PREFIX = "DAB_PROBE "
@@ -227,16 +227,17 @@ def _run(target: Target, request: Request, start: Callable[[str, str], None], on
     job_id = f"dab-probe-{secrets.token_hex(8)}"
     start(job_id, request.to_json())
     deadline = time.monotonic() + _LIMIT_S
-    while not has_ended(target, job_id):
+    while not insisting(lambda: has_ended(target, job_id)):
         on_wait(f"{target}: asking its nodes for versions, data and storage")
         if time.monotonic() > deadline:
-            stop_job(target, job_id)
+            with contextlib.suppress(DabError):  # it may not end either
+                stop_job(target, job_id)
             raise DabError(
                 f"{target}: its nodes did not answer within {_LIMIT_S:.0f} s; the cluster may be overloaded, or a "
                 "node gone."
             )
         time.sleep(0.3)
-    return job_log(target, job_id)
+    return insisting(lambda: job_log(target, job_id))
 
 
 def _reports(log: str) -> list[NodeReport]:

@@ -5,6 +5,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import cli
 from dabnn.errors import DabError, InvalidInputError
+from orchestrator import clusters_file
 from orchestrator.capacity import Needs, Node, num_places, shortage
 from orchestrator.clusters_file import Entry, add_cluster, known_clusters
 from orchestrator.config import load_config
@@ -120,17 +122,65 @@ def test_a_url_is_a_cluster(address: str, name: str, url: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["ray://head:10001", "http://", "http://head:port", "http://head:8265/?token=x", "ftp://head", "http://:1"],
+    [
+        "ray://head:10001",
+        "http://",
+        "http://head:port",
+        "http://head:8265/?token=x",
+        "ftp://head",
+        "http://:1",
+        "http://[::1",
+    ],
 )
 def test_what_is_no_address_of_a_jobs_api_is_refused(address: str) -> None:
     with pytest.raises(InvalidInputError, match=r"^--address: "):
         resolve_target(address)
 
 
-def test_a_password_in_an_address_is_refused_and_not_shown() -> None:
+@pytest.mark.parametrize(
+    "address", ["http://me:secret@head:8265", "ray://me:secret@head", "me:secret@head:8265", "https://me:secret@[::1"]
+)
+def test_a_password_in_an_address_is_refused_and_not_shown(address: str) -> None:
     with pytest.raises(InvalidInputError, match=r"^--address: holds a password") as caught:
-        resolve_target("http://me:secret@head:8265")
+        resolve_target(address)
     assert "secret" not in str(caught.value)
+
+
+def test_what_follows_an_address_is_not_shown() -> None:
+    for address in ("http://head:8265/?token=secret", "head:8265?token=secret", "ray://head/?token=secret"):
+        with pytest.raises(InvalidInputError, match="is no address of a Jobs API") as caught:
+            resolve_target(address)
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'address = "http://me:secret@a:1"',
+        'address = "me:secret@a:1"',
+        'address = "http://a:1"\ntracking = "https://me:secret@mlflow"',
+        'address = "http://a:1"\ntracking = "https://mlflow?token=secret"',
+        'address = "http://a:1"\nstorage = "s3://key:secret@bucket/runs"',
+    ],
+)
+def test_a_file_of_clusters_takes_no_secrets(own_home: Path, line: str) -> None:
+    (own_home / "clusters.toml").write_text(f"[lab]\n{line}")
+    with pytest.raises(InvalidInputError, match="holds a user name, a password or something after the path") as caught:
+        known_clusters()
+    assert "secret" not in str(caught.value)
+
+
+def test_the_example_of_a_file_of_clusters_is_one(own_home: Path) -> None:
+    lines = str(clusters_file.__doc__).splitlines()
+    text = "\n".join(line for line in lines if line.startswith("    "))
+    (own_home / "clusters.toml").write_text(text)
+    assert known_clusters()["lab"].python == "/opt/dab/bin/python"
+
+
+def test_clusters_that_are_added_at_once_are_all_kept() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: add_cluster(f"c{number}", Entry(f"http://a:{number + 1}")), range(8)))
+    assert len(known_clusters()) == 8
 
 
 def test_a_name_is_looked_up_and_an_unknown_one_names_the_nearest(own_home: Path) -> None:
