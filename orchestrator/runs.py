@@ -268,11 +268,8 @@ def resume(
     record = tracking.find_run(uri, current.run_id)
     wanted = resolve_target(address) if address else target_of(record)
     is_elsewhere = wanted.jobs_url != record.tags.get("dab.jobs_url", "")
-    if current.status not in ENDED and (is_forced or is_elsewhere) and _job_status(record) == UNREACHABLE:
-        reason = "given up: its cluster does not answer, and it was resumed"
-        _record_late(uri, current.run_id, RunFolder.of(current.folder), "failed", reason)
-        current = status(uri, current.run_id)
-    if current.status not in ("stopped", "failed"):
+    is_lost = (is_forced or is_elsewhere) and current.status not in ENDED and _job_status(record) == UNREACHABLE
+    if current.status not in ("stopped", "failed") and not is_lost:
         advice = _advice(record, current)
         raise InvalidInputError(
             f"{current.name}: is {current.status}; only a stopped or failed run can be resumed. {advice}"
@@ -305,7 +302,7 @@ def _advice(record: RunRecord, current: RunStatus) -> str:
     if current.status == "finished":
         return "It has nothing left to do."
     if _job_status(record) == UNREACHABLE:
-        return "Its cluster does not answer; if it is gone for good, resume it with --address of another, or --force."
+        return "Its cluster does not answer; if it is gone for good, resume it with --address on another."
     return "Stop it first: `dab stop`."
 
 

@@ -84,6 +84,20 @@ def test_a_run_whose_cluster_is_gone_goes_on_elsewhere_or_where_one_insists(
     assert tracking.find_run(uri, job.run_id).status == "queued"
 
 
+def test_a_run_is_not_given_up_for_a_cluster_that_does_not_answer_either(
+    uri: str, send_job: Callable[..., Job], resumed: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Target) -> None:
+        raise DabError("away")
+
+    monkeypatch.setattr(runs, "reach", refuse)
+    job = send_job()
+    with pytest.raises(DabError, match="away"):
+        runs.resume(uri, job.run_id, address=OTHER)
+    assert not resumed
+    assert tracking.find_run(uri, job.run_id).status == "running"
+
+
 def test_a_living_run_is_resumed_nowhere_else(
     uri: str, send_job: Callable[..., Job], resumed: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
