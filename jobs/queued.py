@@ -1,8 +1,8 @@
 """A job that waits for its turn and then becomes the program that it was submitted for: `python -m jobs.queued MODULE`.
 
 Which turn that is, is decided in `orchestrator.queue`. While it waits it has no connection to Ray, which is how others
-see that it waits, and it holds little memory. A Jobs API that does not answer for minutes is no reason to wait for
-ever: the order is advisory, and Ray itself holds a run whose workers find no room.
+see that it waits, and it holds little memory. A Jobs API that refuses, or does not answer for minutes, is no reason to
+wait for ever: the order is advisory, and Ray itself holds a run whose workers find no room.
 """
 
 import os
@@ -12,7 +12,7 @@ import time
 
 import ray
 
-from dabnn.errors import DabError
+from dabnn.errors import DabError, InvalidInputError
 from jobs.connect import connect
 from orchestrator.queue import VARIABLE, Waiting, turn_now
 
@@ -29,7 +29,7 @@ def main(module: str) -> None:
         try:
             turn = turn_now(waiting)
         except DabError as error:
-            unanswered += 1
+            unanswered += _UNANSWERED if isinstance(error, InvalidInputError) else 1
             reason = str(error)
         else:
             if turn.action == "start":
@@ -40,9 +40,8 @@ def main(module: str) -> None:
             sys.stdout.flush()
             said, said_at = reason, time.monotonic()
         time.sleep(_POLL_S * random.uniform(0.8, 1.2))
-    if waiting.needs.num_workers == 0:  # its program will not connect to Ray, and others shall see that it runs
-        connect()
-        ray.shutdown()
+    connect()  # so that others see at once that it has had its turn; its program does seconds later, or never
+    ray.shutdown()
     os.execv(sys.executable, [sys.executable, "-m", module])  # noqa: S606 - no shell is wanted
 
 

@@ -333,7 +333,9 @@ def parcel_of(job: Job, target: Target, reached: Reached | None) -> tuple[Parcel
         return parcel, ""
     short = shortage(needs, reached.nodes, str(target)) if section.wait else None
     reason = short or queue.turn_at_submission(target, reached, carried).reason
-    waiting = Waiting(job.job_id, needs, may_outgrow=section.wait) if reason else None
+    # Where others submit too, two may find room at the same moment: whose it is, is decided where all are known.
+    is_queued = bool(reason) or not target.is_embedded
+    waiting = Waiting(job.job_id, needs, may_outgrow=section.wait) if is_queued else None
     return replace(parcel, waiting=waiting), reason
 
 

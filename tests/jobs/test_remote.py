@@ -169,7 +169,9 @@ def test_no_job_carries_the_token_or_a_text_that_a_user_chose_in_its_entrypoint(
     token = far.token_file.read_text().strip()
     shown = [job for job in job_client(far.target).list_jobs() if job.submission_id]
     entrypoints = {job.entrypoint for job in shown if story.first[:16] in str(job.submission_id)}
-    assert [bool(re.fullmatch(r'exec "\$\{DAB_PYTHON:-python\}" -m jobs\.\w+', each)) for each in entrypoints] == [True]
+    assert [
+        bool(re.fullmatch(r'exec "\$\{DAB_PYTHON:-python\}" -m jobs\.queued jobs\.\w+', each)) for each in entrypoints
+    ] == [True]
     assert token not in repr(shown)
     assert not [path for path in far.storage.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
 
