@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import time
+from contextlib import suppress
 
 import ray
 
@@ -40,8 +41,9 @@ def main(module: str) -> None:
             sys.stdout.flush()
             said, said_at = reason, time.monotonic()
         time.sleep(_POLL_S * random.uniform(0.8, 1.2))
-    connect()  # so that others see at once that it has had its turn; its program does seconds later, or never
-    ray.shutdown()
+    with suppress(ConnectionError, RuntimeError):  # its program tries again, and is started again
+        connect()  # so that others see at once that it has had its turn; its program does seconds later, or never
+        ray.shutdown()
     os.execv(sys.executable, [sys.executable, "-m", module])  # noqa: S606 - no shell is wanted
 
 

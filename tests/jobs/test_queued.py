@@ -24,7 +24,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
 def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Run the program with these answers to whose turn it is; returns what it did, in order."""
 
-    def run(*answers: Turn | DabError, num_workers: int = 2) -> list[str]:
+    def run(*answers: Turn | DabError, num_workers: int = 2, connect: Callable[[], None] | None = None) -> list[str]:
         did: list[str] = []
         left = list(answers)
 
@@ -42,7 +42,7 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         monkeypatch.setenv(VARIABLE, Waiting("job", needs, may_outgrow=False).to_json())
         monkeypatch.setattr(queued, "turn_now", turn_now)
         monkeypatch.setattr(queued, "_POLL_S", 0.0)
-        monkeypatch.setattr(queued, "connect", lambda: did.append("connected"))
+        monkeypatch.setattr(queued, "connect", connect or (lambda: did.append("connected")))
         monkeypatch.setattr(queued.ray, "shutdown", lambda: did.append("gone"))
         monkeypatch.setattr(os, "execv", execute)
         queued.main("jobs.supervise")
@@ -61,6 +61,13 @@ def test_others_see_that_a_run_had_its_turn_before_its_program_starts(
 
 def test_a_cluster_that_refuses_to_say_whose_turn_it_is_keeps_nobody_waiting(wait: Callable[..., list[str]]) -> None:
     assert wait(InvalidInputError("token: wrong")) == ["asked", "connected", "gone", "-m jobs.supervise"]
+
+
+def test_a_run_starts_also_where_its_turn_cannot_be_shown(wait: Callable[..., list[str]]) -> None:
+    def refuse() -> None:
+        raise ConnectionError
+
+    assert wait(Turn("start"), connect=refuse) == ["asked", "-m jobs.supervise"]
 
 
 def test_whose_turn_it_is_is_decided_on_the_cluster_where_several_may_ask_at_once(
