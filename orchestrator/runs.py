@@ -292,7 +292,8 @@ def resume(
     tracking.set_tags(uri, job.run_id, {"dab.message": "", "dab.job_id": job.job_id, **being_sent()})
     tracking.set_status(uri, job.run_id, "queued")
     submit_job(job, target, reached)
-    if not target.is_embedded:
+    is_known = target.token is not None or target.is_open  # else only the tracker named it
+    if is_known and not target.is_embedded:
         remember(sent_run(job, uri))
     return job, target
 

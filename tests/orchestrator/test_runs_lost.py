@@ -169,6 +169,17 @@ def test_no_token_goes_to_an_address_that_only_the_tracker_names(
     assert target_of(record).token == Token(variable="RAY_AUTH_TOKEN")
 
 
+def test_an_address_that_only_the_tracker_names_is_not_known_for_a_resume_there(
+    uri: str, send_job: Callable[..., Job], resumed: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    has_job(monkeypatch, "FAILED")
+    job = send_job("failed", jobs_url="http://sly:8265")
+    runs.resume(uri, job.run_id)
+    assert len(resumed) == 1
+    assert target_of(tracking.find_run(uri, job.run_id)).token is None
+
+
 @pytest.mark.parametrize(
     ("error", "state", "expected"),
     [
