@@ -117,6 +117,16 @@ class RunFolder:
         data = self.copy.read(name)
         return {} if data is None else dict(json.loads(data))
 
+    def remove(self, name: str) -> None:
+        """Remove a small file of the run, where there is one.
+
+        Raises:
+            StoreError: The store refuses, or does not answer for 20 s.
+        """
+        (self.root / name).unlink(missing_ok=True)
+        if self.copy is not None:
+            self.copy.remove(name)
+
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints; behind a URL, of the copies of their commit files."""

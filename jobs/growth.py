@@ -23,14 +23,7 @@ def leave_wish(folder: RunFolder) -> None:
 
 def forget_wish(folder: RunFolder) -> None:
     """Withdraw the wish, so that the next attempt does not hear it."""
-    remove(folder, FILE)
-
-
-def remove(folder: RunFolder, name: str) -> None:
-    """Remove a small file of a run, where there is one."""
-    (folder.root / name).unlink(missing_ok=True)
-    if folder.copy is not None:
-        folder.copy.remove(name)
+    folder.remove(FILE)
 
 
 class GrowthWatch:

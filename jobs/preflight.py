@@ -20,14 +20,22 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
-from jobs.growth import remove
 from orchestrator.mlflow_client import is_reachable
-from orchestrator.sight import Here, Question, Share, Sight, answer, judge, judge_meeting, look
+from orchestrator.sight import (
+    LOOK_LIMIT_S,
+    MEETING_LIMIT_S,
+    Here,
+    Question,
+    Share,
+    Sight,
+    answer,
+    judge,
+    judge_meeting,
+    look,
+)
 
 Value = TypeVar("Value")
 
-LIMIT_S = 60.0
-_MEETING_LIMIT_S = 20.0
 _CONNECT_S = 5.0
 _NETWORK_S = 2.0  # how long a network folder may take to show what another machine wrote
 _TRACKER_S = 3.0
@@ -94,13 +102,15 @@ def look_at(places: Sequence[str], addresses: Mapping[str, str], folder: RunFold
         question = Question(
             tuple(here.data), folder.location, marker, text, _tracker(wanted), wanted.interface, wanted.disks
         )
-        sights, lost = _ask({node: partial(look, question, addresses[node]) for node in workers}, addresses, LIMIT_S)
+        sights, lost = _ask(
+            {node: partial(look, question, addresses[node]) for node in workers}, addresses, LOOK_LIMIT_S
+        )
         seeing = {node: addresses[node] for node, sight in sights.items() if not sight.storage}
         problems = _unseen(folder, marker, text, seeing)
     for node, sight in sights.items():
         share = Share(workers[node], wanted.num_loaders, batch_bytes)
         problems[node] = judge(addresses[node], sight, here, question, share) + problems.get(node, [])
-    if len(sights) > 1 and not any(problems.values()):
+    if len(sights) > 1 and not lost and not any(problems.values()):
         met, late = _meet(sights, addresses)
         problems = {node: judge_meeting(addresses[node], *result) for node, result in met.items()}
         lost |= late
@@ -152,7 +162,7 @@ def _meet(
         for place, node in enumerate(sights)
     }
     asked_at = time.time()
-    found, lost = _ask(calls, addresses, _MEETING_LIMIT_S)
+    found, lost = _ask(calls, addresses, MEETING_LIMIT_S)
     answered_at = time.time()
     # A clock that is right shows a time between question and answer.
     return {
@@ -193,7 +203,7 @@ def _marked(folder: RunFolder) -> Iterator[tuple[str, str]]:
     try:
         yield marker, text
     finally:
-        remove(folder, marker)
+        folder.remove(marker)
 
 
 def _unseen(folder: RunFolder, marker: str, text: str, answered: Mapping[str, str]) -> dict[str, list[str]]:
@@ -217,5 +227,5 @@ def _unseen(folder: RunFolder, marker: str, text: str, answered: Mapping[str, st
                 "run. Set storage to a folder that all nodes share, or to an s3:// URL."
             )
             problems[node] = [line]
-        remove(folder, name)
+        folder.remove(name)
     return problems

@@ -10,12 +10,12 @@ import secrets
 import socket
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import ray
 
 from dabnn.data import load_manifest
 from dabnn.errors import DabError
+from dabnn.run_folder import RunFolder
 from jobs.connect import connect
 from jobs.train import say
 from orchestrator.job import VARIABLE
@@ -49,7 +49,7 @@ def look(request: Request, node: str) -> NodeReport:
         node,
         versions(),
         {place: _digest(place) for place in request.data},
-        "" if request.marker is None else _storage(Path(request.marker), request.text),
+        _storage(request),
         _tracking(request.tracking_uri),
     )
 
@@ -68,15 +68,16 @@ def _digest(place: str) -> str:
         return f"! {error}"
 
 
-def _storage(marker: Path, text: str) -> str:
+def _storage(request: Request) -> str:
     try:
-        if marker.read_text() != text:
-            return "it holds other files than here"
-        own = marker.with_name(f"{marker.name}-{secrets.token_hex(4)}")
-        own.write_text(text)
-        own.unlink()
-    except OSError as error:
-        return f"{error.strerror}"
+        folder = RunFolder.of(request.storage)
+        if folder.load_json(request.marker).get("text") != request.text:
+            return "it does not hold what was written here"
+        own = f"{request.marker}-{secrets.token_hex(4)}"
+        folder.leave_json(own, {"text": request.text})
+        folder.remove(own)
+    except (DabError, OSError) as error:
+        return str(error)
     return ""
 
 

@@ -1,18 +1,19 @@
 """A job that waits for its turn and then becomes the program that it was submitted for: `python -m jobs.queued MODULE`.
 
 Which turn that is, is decided in `orchestrator.queue`. While it waits it has no connection to Ray, which is how others
-see that it waits, and it holds little memory. A Jobs API that does not answer for minutes is no reason to wait for
-ever: the order is advisory, and Ray itself holds a run whose workers find no room.
+see that it waits, and it holds little memory. A Jobs API that refuses, or does not answer for minutes, is no reason to
+wait for ever: the order is advisory, and Ray itself holds a run whose workers find no room.
 """
 
 import os
 import random
 import sys
 import time
+from contextlib import suppress
 
 import ray
 
-from dabnn.errors import DabError
+from dabnn.errors import DabError, InvalidInputError
 from jobs.connect import connect
 from orchestrator.queue import VARIABLE, Waiting, turn_now
 
@@ -29,7 +30,7 @@ def main(module: str) -> None:
         try:
             turn = turn_now(waiting)
         except DabError as error:
-            unanswered += 1
+            unanswered += _UNANSWERED if isinstance(error, InvalidInputError) else 1
             reason = str(error)
         else:
             if turn.action == "start":
@@ -40,8 +41,8 @@ def main(module: str) -> None:
             sys.stdout.flush()
             said, said_at = reason, time.monotonic()
         time.sleep(_POLL_S * random.uniform(0.8, 1.2))
-    if waiting.needs.num_workers == 0:  # its program will not connect to Ray, and others shall see that it runs
-        connect()
+    with suppress(ConnectionError, RuntimeError):  # its program tries again, and is started again
+        connect()  # so that others see at once that it has had its turn; its program does seconds later, or never
         ray.shutdown()
     os.execv(sys.executable, [sys.executable, "-m", module])  # noqa: S606 - no shell is wanted
 

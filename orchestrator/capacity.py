@@ -61,7 +61,11 @@ class Needs:
     @property
     def total(self) -> dict[str, float]:
         """What all workers need together, or the job's own process."""
-        return {kind: amount * max(1, self.num_workers) for kind, amount in self.each.items()}
+        return self.times(self.num_workers)
+
+    def times(self, num_workers: int) -> dict[str, float]:
+        """What so many workers need together; 0 are the job's own process."""
+        return {kind: amount * max(1, num_workers) for kind, amount in self.each.items()}
 
 
 def num_places(needs: Needs, nodes: Sequence[Node]) -> int:

@@ -46,7 +46,7 @@ def status_of(target: Target) -> View:
     """
     found = reach(target)
     entries = queue.entries(jobs(target))
-    turns = queue.turns(entries, found.total)
+    turns = queue.turns(entries, found.nodes)
     data = {
         "cluster": {
             "name": target.name,
@@ -64,7 +64,8 @@ def status_of(target: Target) -> View:
 
 def _row(entry: queue.Entry, turn: Turn | None) -> dict[str, Any]:
     state = "running" if turn is None else "waiting" if turn.action == "wait" else "starting"
-    return asdict(entry) | {"state": state, "reason": "" if turn is None else turn.reason}
+    reason = "" if turn is None else turn.reason
+    return asdict(entry) | {"needs": entry.needs.total, "state": state, "reason": reason}
 
 
 def _table(data: dict[str, Any]) -> str | Table:

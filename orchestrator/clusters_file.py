@@ -1,15 +1,14 @@
 """`DAB_HOME/clusters.toml`: the clusters elsewhere that have a name on this machine.
 
     [lab]
-    address = "https://head.lab:8265"          # the Jobs API
-    token_file = "~/.ray/auth_token"           # or token_variable = "LAB_TOKEN"; neither: where Ray itself looks
-    tracking = "https://mlflow.lab"            # default of tracking.uri for runs sent there
-    storage = "s3://bucket/dab"                # default of storage
-    verify = "ca.pem"                          # authority that signed the certificate; true: those that the system
-    trusts max_running = 4                            # runs of one user at a time; more wait, see
-    `orchestrator.queue` python = "/opt/dab/bin/python"             # interpreter of jobs; default `python` on the
-    PATH of the cluster's nodes open = false                               # true: accept that the cluster takes
-    commands without a token
+    address = "https://head.lab:8265"    # the Jobs API
+    token_file = "~/.ray/auth_token"     # or token_variable = "LAB_TOKEN"; neither: where Ray itself looks
+    tracking = "https://mlflow.lab"      # default of tracking.uri for runs sent there
+    storage = "s3://bucket/dab"          # default of storage
+    verify = "ca.pem"                    # authority that signed the certificate; true: those of the system
+    max_running = 4                      # runs of one user at a time; more wait, see `orchestrator.queue`
+    python = "/opt/dab/bin/python"       # interpreter of jobs; default: `python` on the PATH of the nodes
+    open = false                         # true: accept that the cluster takes commands without a token
 
 The file holds no secrets, only where they are; it is written with mode 0600 all the same.
 """
@@ -22,9 +21,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dabnn.data.remote import shown
 from dabnn.errors import InvalidInputError
 from orchestrator.home import home, home_path, write_private
 from orchestrator.names import nearest
+from orchestrator.processes import locked
 
 FILE = "clusters.toml"
 EMBEDDED = "embedded"
@@ -58,6 +59,7 @@ class Entry:
     open: bool = False
 
 
+_PLACES = ("address", "tracking", "storage")
 _KINDS: dict[str, tuple[type, ...]] = {
     "address": (str,), "token_file": (str,), "token_variable": (str,), "tracking": (str,), "storage": (str,),
     "verify": (str, bool), "max_running": (int,), "python": (str,), "open": (bool,),
@@ -88,12 +90,13 @@ def add_cluster(name: str, entry: Entry, *, replace: bool = False) -> Path:
     Raises:
         InvalidInputError: The name is taken (unless `replace`) or cannot be one.
     """
-    known = known_clusters()
-    if name in known and known[name] != entry and not replace:
-        raise InvalidInputError(f"{name}: is {known[name].address} already. Use another name, or --replace.")
     file = home() / FILE
     checked = _entry(f"{file}: [{name}]", name, _given(entry))
-    write_private(file, "\n".join(_table(key, each) for key, each in sorted((known | {name: checked}).items())))
+    with locked(home() / "clusters.lock", None):
+        known = known_clusters()
+        if name in known and known[name] != entry and not replace:
+            raise InvalidInputError(f"{name}: is {known[name].address} already. Use another name, or --replace.")
+        write_private(file, "\n".join(_table(key, each) for key, each in sorted((known | {name: checked}).items())))
     return file
 
 
@@ -133,6 +136,11 @@ def _check(where: str, key: str, value: object) -> None:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or value == "":
         wanted = " or ".join({str: "text", bool: "true or false", int: "a number"}[kind] for kind in kinds)
         raise InvalidInputError(f"{where}: {value!r} is not {wanted}.")
+    if key in _PLACES and isinstance(value, str) and (shown(value) != value or (key == "address" and "@" in value)):
+        raise InvalidInputError(
+            f"{where}: holds a user name, a password or something after the path, which would be kept in records and "
+            "shown. Leave it out: credentials come from the environment of whoever needs them (SECURITY.md)."
+        )
     if key == "verify" and value is False:
         raise InvalidInputError(
             f"{where}: false would let anyone on the way read the token. Name the file of the authority that signed "

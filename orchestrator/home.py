@@ -7,6 +7,7 @@ in the system's temporary folder: the paths of its sockets may not exceed 107 by
 
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,9 @@ def home_path() -> Path:
 
 
 def home() -> Path:
-    """Return the folder that DAB_HOME of the environment names (default `~/.dab`), created with mode 0700 if missing.
+    """Return the folder that DAB_HOME of the environment names (default `~/.dab`), closed to other users.
+
+    Folders that hold more than ours, as /tmp or the user's own, keep their mode.
 
     Raises:
         InvalidInputError: It cannot be created, is not a folder, or may not be written to.
@@ -35,6 +38,10 @@ def home() -> Path:
         raise InvalidInputError(f"DAB_HOME: {folder} cannot be created ({error.strerror}); {advice}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InvalidInputError(f"DAB_HOME: {folder} may not be written to; {advice}")
+    found, user = folder.stat(), Path.home()
+    is_shared = bool(found.st_mode & stat.S_ISVTX) or folder in (user, *user.parents)
+    if found.st_uid == os.getuid() and found.st_mode & 0o077 and not is_shared:
+        folder.chmod(0o700)
     return folder
 
 

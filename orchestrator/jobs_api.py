@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dabnn.errors import DabError, InvalidInputError
 from orchestrator import processes
@@ -24,11 +24,18 @@ if TYPE_CHECKING:
 
 ENDED_JOBS = ("SUCCEEDED", "FAILED", "STOPPED")
 LIVING_JOBS = ("PENDING", "RUNNING")
-CONNECT_S = 1.0
+CONNECT_S = 1.5  # a packet that was lost is sent again after 1 s
+STOP_GRACE_S = 60
 _ANSWER_S = 60.0
 _QUIET_S = 1.0
 _RETRY_S = 2.0
 _PATIENCE_S = 600.0
+_END_S = 2.0 * STOP_GRACE_S
+_POLL_S = 0.5
+_AGAIN_S = (0.5, 1.0, 2.0)
+_MAX_SILENT = 2
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -102,16 +109,40 @@ def jobs(target: Target) -> list[SeenJob]:
 
 
 def stop_job(target: Target, job_id: str, on_wait: Callable[[str], None] | None = None) -> None:
-    """End a job and wait until it has ended: a next attempt must not meet it."""
+    """End a job and wait until it has ended: a next attempt must not meet it.
+
+    Raises:
+        DabError: The cluster does not answer, or the job did not end; Ray kills it after `STOP_GRACE_S`.
+    """
     if job_status(target, job_id) is None:
         return
     client = job_client(target)
     with asking(target):
         client.stop_job(job_id)
-    while job_status(target, job_id) in LIVING_JOBS:  # Ray kills it after the grace that it was submitted with
+    deadline = time.monotonic() + _END_S
+    while insisting(lambda: job_status(target, job_id)) in LIVING_JOBS:
+        if time.monotonic() > deadline:
+            raise DabError(
+                f"{target}: job {job_id} was told to end and has not within {_END_S:.0f} s. It may wait for a node "
+                "that is gone: see `dab cluster status`, and try again."
+            )
         if on_wait is not None:
             on_wait("waiting for the job to end")
-        time.sleep(0.5)
+        time.sleep(_POLL_S)
+
+
+def insisting(ask: Callable[[], Value]) -> Value:
+    """Return what `ask` returns; a cluster that does not answer is asked a few times more, within seconds.
+
+    Raises:
+        DabError: It does not answer.
+    """
+    for wait_s in _AGAIN_S:
+        try:
+            return ask()
+        except _ConnectionLostError:
+            time.sleep(wait_s)
+    return ask()
 
 
 def job_log(target: Target, job_id: str) -> str:
@@ -132,7 +163,8 @@ def follow_job(target: Target, job_id: str, on_note: Callable[[str], None] | Non
     """Yield the log of a job as it grows, until the job has ended.
 
     A connection that breaks is made anew and goes on after the last character that was seen; a cluster elsewhere that
-    is away is asked again for ten minutes. When the embedded cluster is ended, it kills the job first: if that is
+    is away is asked again for ten minutes. Where only the stream breaks, as behind a proxy that passes no WebSockets,
+    the whole log is asked for every two seconds. When the embedded cluster is ended, it kills the job first: if that is
     seen, the log ends here like any other.
 
     Args:
@@ -144,26 +176,27 @@ def follow_job(target: Target, job_id: str, on_note: Callable[[str], None] | Non
         DabError: The cluster went away before the job was seen to end.
     """
     tell = on_note or (lambda _: None)
-    seen, lost_at = 0, 0.0
+    seen, lost_at, num_silent = 0, 0.0, 0  # streams in a row that gave nothing
     while True:
         try:
             is_over = has_ended(target, job_id)
-            if lost_at:
-                tell(f"{target} answers again")
-                lost_at = 0.0
-            if is_over:
-                yield job_log(target, job_id)[seen:]
-                return
-            for text in _tail(target, job_id, seen):
+            is_asked = is_over or num_silent >= _MAX_SILENT
+            num_silent += 1
+            for text in [job_log(target, job_id)[seen:]] if is_asked else _tail(target, job_id, seen):
+                if lost_at:
+                    tell(f"{target} answers again")
+                lost_at, num_silent = 0.0, num_silent if is_asked else 0
                 seen += len(text)
                 yield text
+            if is_over:
+                return
         except _ConnectionLostError as error:
             if not lost_at:
                 lost_at = time.monotonic()
                 tell(f"the connection is lost ({error}); the job goes on, trying again")
             if time.monotonic() - lost_at > _PATIENCE_S or (target.is_embedded and find_cluster() is None):
                 raise DabError(f"{target}: it went away before job {job_id} was seen to end ({error}).") from error
-        time.sleep(_RETRY_S if lost_at else 0)
+        time.sleep(_RETRY_S if lost_at or num_silent else 0)
 
 
 def has_ended(target: Target, job_id: str) -> bool:
@@ -191,7 +224,10 @@ def _forgotten(target: Target, job_id: str) -> DabError:
 
 
 def _tail(target: Target, job_id: str, skip: int) -> Iterator[str]:
-    """Yield what the log holds after `skip` characters, as it grows, until the job has ended or the stream does."""
+    """Yield what the log holds after `skip` characters, as it grows, until the job has ended or the stream does.
+
+    What is skipped is yielded as an empty text: the stream works.
+    """
     client = job_client(target)
     with asking(target), contextlib.closing(asyncio.new_event_loop()) as loop:
         stream = client.tail_job_logs(job_id)
@@ -200,8 +236,7 @@ def _tail(target: Target, job_id: str, skip: int) -> Iterator[str]:
             while _is_read(loop, reading, target, job_id) and (text := reading.result()) is not None:
                 reading = loop.create_task(_next(stream))
                 fresh, skip = text[skip:], max(0, skip - len(text))
-                if fresh:
-                    yield fresh
+                yield fresh
         finally:
             loop.run_until_complete(_abandon(stream, reading))
 

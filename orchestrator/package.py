@@ -76,23 +76,23 @@ def snapshot(root: Path = PROGRAM_ROOT) -> Package:
     Raises:
         DabError: The sources are too large.
     """
-    wanted = package(root)
-    target = wanted.folder
-    if target.exists():
-        return wanted
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
-    for path in sources(root):
-        copy = partial / path.relative_to(root)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+    parent = home() / "packages"
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
     try:
-        partial.replace(target)
-    except OSError:
-        shutil.rmtree(partial)
-        if not target.exists():  # otherwise another submission was faster with the same content
-            raise
-    return wanted
+        for path in sources(root):
+            copy = partial / path.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        made = package(partial)  # of the copy: a source may be saved at this moment
+        try:
+            partial.replace(made.folder)
+        except OSError:
+            if not made.folder.exists():  # otherwise it was there, or another submission was faster
+                raise
+        return made
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _known_to_git(root: Path) -> set[Path] | None:

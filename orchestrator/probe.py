@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from dabnn.data import load_manifest
-from dabnn.data.remote import is_url
+from dabnn.data.remote import shown
 from dabnn.errors import DabError, InvalidInputError
+from dabnn.run_folder import RunFolder
 from orchestrator.home import home, read_record, write_private
-from orchestrator.jobs_api import has_ended, job_log, stop_job
+from orchestrator.jobs_api import has_ended, insisting, job_log, stop_job
 from orchestrator.target import Target
 
 PREFIX = "DAB_PROBE "
@@ -40,13 +40,15 @@ class Request:
 
     Attributes:
         data: Places of the data sets.
-        marker: A file on the storage that this machine wrote; None where the storage is a URL.
+        storage: Path or URL of the folder in which the runs' folders shall lie.
+        marker: Name of a file in it that this machine wrote.
         text: What it holds.
         tracking_uri: MLflow server.
     """
 
     data: tuple[str, ...]
-    marker: str | None
+    storage: str
+    marker: str
     text: str
     tracking_uri: str
 
@@ -185,7 +187,7 @@ def check_nodes(
     if time.time() - (read_record(kept) or {}).get("time", 0.0) < _KEPT_S:
         return
     with _marker(storage) as (marker, text):
-        request = Request(tuple(digests), marker, text, tracking_uri)
+        request = Request(tuple(digests), storage, marker, text, tracking_uri)
         log = _run(target, request, start, on_wait or (lambda _: None))
     found = _reports(log)
     wrong = problem(found, versions(), digests, storage)
@@ -203,42 +205,39 @@ def check_nodes(
 
 
 @contextlib.contextmanager
-def _marker(storage: str) -> Iterator[tuple[str | None, str]]:
-    """Give a file in the storage that holds a text which nobody else knows, removed afterwards."""
-    text = secrets.token_hex(16)
-    if is_url(storage):
-        yield None, text
-        return
-    file = Path(storage) / f".dab-probe-{secrets.token_hex(8)}"
+def _marker(storage: str) -> Iterator[tuple[str, str]]:
+    """Give the name of a file in the storage and a text in it, which nobody else knows; removed afterwards."""
+    folder, name, text = RunFolder.of(storage), f".dab-probe-{secrets.token_hex(8)}", secrets.token_hex(16)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_private(file, text)
-        file.chmod(0o644)  # a node's Ray may run as another user
-    except OSError as error:
+        folder.leave_json(name, {"text": text})
+        if folder.copy is None:
+            (folder.root / name).chmod(0o644)  # a node's Ray may run as another user
+    except (DabError, OSError) as error:
         raise InvalidInputError(
-            f"storage: {storage} cannot be written to from here ({error.strerror}). A run's folder is made by this "
+            f"storage: {shown(storage)} cannot be written to from here ({error}). A run's folder is made by this "
             "machine and used by the nodes: name a folder that all of them share, or a URL."
         ) from error
     try:
-        yield str(file), text
+        yield name, text
     finally:
-        file.unlink(missing_ok=True)
+        folder.remove(name)
 
 
 def _run(target: Target, request: Request, start: Callable[[str, str], None], on_wait: Callable[[str], None]) -> str:
     job_id = f"dab-probe-{secrets.token_hex(8)}"
     start(job_id, request.to_json())
     deadline = time.monotonic() + _LIMIT_S
-    while not has_ended(target, job_id):
+    while not insisting(lambda: has_ended(target, job_id)):
         on_wait(f"{target}: asking its nodes for versions, data and storage")
         if time.monotonic() > deadline:
-            stop_job(target, job_id)
+            with contextlib.suppress(DabError):  # it may not end either
+                stop_job(target, job_id)
             raise DabError(
                 f"{target}: its nodes did not answer within {_LIMIT_S:.0f} s; the cluster may be overloaded, or a "
                 "node gone."
             )
         time.sleep(0.3)
-    return job_log(target, job_id)
+    return insisting(lambda: job_log(target, job_id))
 
 
 def _reports(log: str) -> list[NodeReport]:

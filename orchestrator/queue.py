@@ -12,10 +12,10 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from dabnn.errors import DabError
-from orchestrator.capacity import Needs, shortage
+from orchestrator.capacity import Needs, Node, Placement, num_places, shortage
 from orchestrator.clusters_file import EMBEDDED
 from orchestrator.jobs_api import LIVING_JOBS, SeenJob, jobs
 from orchestrator.reach import Reached, reach
@@ -39,7 +39,7 @@ class Entry:
         user: Who sent it.
         priority: Higher ones start first.
         submitted_at: Seconds since 1970.
-        needs: What its workers need together, by Ray's names.
+        needs: What its workers need.
         max_running: Runs of this user at a time, None for no limit.
         is_running: Whether it had its turn.
         name: Name of the run.
@@ -49,7 +49,7 @@ class Entry:
     user: str
     priority: int
     submitted_at: float
-    needs: Mapping[str, float]
+    needs: Needs
     max_running: int | None
     is_running: bool
     name: str = ""
@@ -108,7 +108,7 @@ def turn_now(waiting: Waiting) -> Turn:
     mine = next((entry for entry in found if entry.job_id == waiting.job_id), None)
     if mine is None:  # it cannot be told from others; whoever asks runs, so nobody waits for it
         return Turn("start")
-    return turn_of(mine, [entry for entry in found if entry is not mine], reached.total)
+    return turn_of(mine, [entry for entry in found if entry is not mine], reached.nodes)
 
 
 def turn_at_submission(target: Target, reached: Reached, carried: Mapping[str, str]) -> Turn:
@@ -120,7 +120,7 @@ def turn_at_submission(target: Target, reached: Reached, carried: Mapping[str, s
         carried: The metadata of its job.
     """
     mine = _entry(SeenJob("", LIVING_JOBS[0], math.inf, {**carried, QUEUED: ""}, has_begun=False))
-    return Turn("start") if mine is None else turn_of(mine, entries(jobs(target)), reached.total)
+    return Turn("start") if mine is None else turn_of(mine, entries(jobs(target)), reached.nodes)
 
 
 def reason_of(target: Target, job_id: str) -> str:
@@ -131,7 +131,7 @@ def reason_of(target: Target, job_id: str) -> str:
     """
     if not target.jobs_url:
         return ""
-    turn = turns(entries(jobs(target)), reach(target).total).get(job_id)
+    turn = turns(entries(jobs(target)), reach(target).nodes).get(job_id)
     return f"waits for its turn: {turn.reason}" if turn is not None and turn.reason else ""
 
 
@@ -153,9 +153,9 @@ def user_name() -> str:
         return str(os.getuid())
 
 
-def metadata(name: str, priority: int, needs: Mapping[str, float], max_running: int | None) -> dict[str, str]:
+def metadata(name: str, priority: int, needs: Needs, max_running: int | None) -> dict[str, str]:
     """Return what a job carries, so that others can tell whose turn it is."""
-    values = {NAME: name, USER: user_name(), PRIORITY: str(priority), NEEDS: json.dumps(dict(needs))}
+    values = {NAME: name, USER: user_name(), PRIORITY: str(priority), NEEDS: json.dumps(asdict(needs))}
     return values | ({MAX_RUNNING: str(max_running)} if max_running else {})
 
 
@@ -165,22 +165,23 @@ def entries(jobs: Sequence[SeenJob]) -> list[Entry]:
     return [entry for entry in found if entry is not None]
 
 
-def turn_of(mine: Entry, others: Sequence[Entry], total: Mapping[str, float]) -> Turn:
-    """Return whether it is the turn of `mine`.
+def turn_of(mine: Entry, others: Sequence[Entry], nodes: Sequence[Node]) -> Turn:
+    """Return whether it is the turn of `mine`: a run starts with its fewest workers and then takes what it can use.
 
     Args:
         mine: The run that asks.
         others: The other runs of the cluster that have not ended.
-        total: What the cluster's nodes have together, by Ray's names.
+        nodes: All nodes that are alive.
     """
+    total = _sum(node.resources for node in nodes)
     running = [entry for entry in others if entry.is_running]
     ahead = [entry for entry in others if not entry.is_running and _before(entry, mine)]
-    ahead = [entry for entry in ahead if not _is_held(entry, running) and not _short(entry.needs, total, {})]
+    ahead = [entry for entry in ahead if not _is_held(entry, running) and _could_start(entry.needs, nodes, total)]
     own = sum(entry.user == mine.user for entry in (*running, *ahead))
     if mine.max_running is not None and own >= mine.max_running:
         return Turn("wait", f"{mine.user} has {own} runs on the cluster, and {mine.max_running} may run at a time")
-    taken = _sum(entry.needs for entry in (*running, *ahead))
-    short = _short(mine.needs, total, taken)
+    taken = _sum([*(_held(each.needs, nodes) for each in running), *(_least(each.needs) for each in ahead)])
+    short = _short(_least(mine.needs), total, taken)
     if not short or not (running or ahead):
         return Turn("start")
     wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in short.items())
@@ -189,10 +190,10 @@ def turn_of(mine: Entry, others: Sequence[Entry], total: Mapping[str, float]) ->
     return Turn("wait", f"needs {wanted} where {free} is left by {len(running)} runs{queue}")
 
 
-def turns(found: Sequence[Entry], total: Mapping[str, float]) -> dict[str, Turn]:
+def turns(found: Sequence[Entry], nodes: Sequence[Node]) -> dict[str, Turn]:
     """Return for each run that waits whether it is its turn, and why not."""
     return {
-        entry.job_id: turn_of(entry, [other for other in found if other is not entry], total)
+        entry.job_id: turn_of(entry, [other for other in found if other is not entry], nodes)
         for entry in found
         if not entry.is_running
     }
@@ -205,6 +206,20 @@ def _before(one: Entry, other: Entry) -> bool:
 def _is_held(entry: Entry, running: Sequence[Entry]) -> bool:
     """Whether a run waits for the quota of its user, which is no reason for others to wait."""
     return entry.max_running is not None and sum(each.user == entry.user for each in running) >= entry.max_running
+
+
+def _could_start(needs: Needs, nodes: Sequence[Node], total: Mapping[str, float]) -> bool:
+    """Whether a run could start if nothing else ran, placement and labels heeded."""
+    return shortage(needs, nodes, "") is None and not _short(_least(needs), total, {})
+
+
+def _least(needs: Needs) -> dict[str, float]:
+    return needs.times(needs.least)
+
+
+def _held(needs: Needs, nodes: Sequence[Node]) -> dict[str, float]:
+    """Return what a run that goes on takes, or will take when it grows: all its workers that have a place."""
+    return needs.times(min(needs.num_workers, num_places(needs, nodes)))
 
 
 def _short(needs: Mapping[str, float], total: Mapping[str, float], taken: Mapping[str, float]) -> dict[str, float]:
@@ -220,9 +235,18 @@ def _sum(amounts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
+def _needs(values: Mapping[str, Any]) -> Needs:
+    """Return what a job carries; anyone with the token may have written it."""
+    each = {str(kind): float(amount) for kind, amount in values["each"].items()}
+    labels = {str(key): str(value) for key, value in values["labels"].items()}
+    if not each or min(each.values()) <= 0 or values["placement"] not in get_args(Placement):
+        raise ValueError(f"{values}")
+    return Needs(int(values["num_workers"]), int(values["least"]), each, values["placement"], labels)
+
+
 def _entry(job: SeenJob) -> Entry | None:
     try:
-        needs = {str(kind): float(amount) for kind, amount in json.loads(job.metadata[NEEDS]).items()}
+        needs = _needs(json.loads(job.metadata[NEEDS]))
         limit = job.metadata.get(MAX_RUNNING)
         return Entry(
             job.job_id,

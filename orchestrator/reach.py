@@ -46,7 +46,7 @@ def reach(target: Target) -> Reached:
     """Return what a cluster says of itself.
 
     Raises:
-        DabError: Nothing answers within a second.
+        DabError: Nothing answers within two seconds.
         InvalidInputError: What answers is no Ray cluster, runs another Ray, refuses the token or takes commands from
             anyone.
     """

@@ -18,7 +18,7 @@ from orchestrator.job import Job, is_job_of
 from orchestrator.jobs_api import ENDED_JOBS, LIVING_JOBS, follow_job, job_log, job_status, stop_job
 from orchestrator.origin import expect
 from orchestrator.reach import reach
-from orchestrator.sent_runs import remember, sent_run, target_of
+from orchestrator.sent_runs import being_sent, remember, sent_at, sent_run, target_of
 from orchestrator.story import story
 from orchestrator.submit import check_size, ensure_services, submit_job
 from orchestrator.target import Target, resolve_target
@@ -26,7 +26,10 @@ from orchestrator.tracking import RunRecord, Status
 
 ENDED = ("finished", "failed", "stopped")
 UNREACHABLE = "UNREACHABLE"
+REFUSED = "REFUSED"
 _SEND_TIMEOUT_S = 20.0
+_SUBMISSION_S = 120.0  # from the tag `dab.sent_at` until the cluster knows the job; it takes seconds
+_EXIT_S = 30.0  # a job ends some seconds after its run
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def decide_status(tracked: Status, job: str | None, left: Status | None) -> tupl
     Args:
         tracked: What the tracker says.
         job: What the Jobs API says of the run's job; None when it does not know it, UNREACHABLE when a cluster
-            elsewhere does not answer: the run may well go on.
+            elsewhere does not answer and REFUSED when it wants another token: the run may well go on.
         left: The status that the training loop left in the run's folder; None when it left none.
     """
     if tracked in ENDED:
@@ -88,6 +91,8 @@ def decide_status(tracked: Status, job: str | None, left: Status | None) -> tupl
         return left, ""
     if job == UNREACHABLE:
         return tracked, "its cluster does not answer; this is what was known last"
+    if job == REFUSED:
+        return tracked, "its cluster asks for a token that is not known here, see `dab cluster add`"
     if job is None:
         return "failed", "its cluster is gone; `dab resume` continues from the last checkpoint"
     if job in ENDED_JOBS:
@@ -175,16 +180,17 @@ def stop(
     """Stop a run after a checkpoint, or with `now` at once; return its status.
 
     A run that has not ended `grace_s` seconds after being asked is stopped through the Jobs API without a checkpoint.
-    A trial is only ever asked, because its job is that of its sweep.
+    A trial is only ever asked, because its job is that of its sweep. With `now`, a run whose cluster does not answer is
+    recorded as stopped, and a job that outlives its run is ended.
 
     Raises:
         InvalidInputError: The run has ended already, or is being stopped already.
-        DabError: A trial did not end.
+        DabError: A trial did not end, or the cluster does not answer.
     """
     current = status(uri, reference)
-    if current.status in ENDED:
-        raise InvalidInputError(f"{current.name}: already {current.status}; there is nothing to stop.")
     record = tracking.find_run(uri, current.run_id)
+    if current.status in ENDED and not (now and _has_living_job(record)):
+        raise InvalidInputError(f"{current.name}: already {current.status}; there is nothing to stop.")
     # A trial that was resumed has a job of its own.
     is_trial = current.kind == "trial" and not is_job_of(record.tags.get("dab.job_id", ""), record.run_id)
     if is_trial and now:
@@ -197,14 +203,28 @@ def stop(
             return status(uri, current.run_id)
     if is_trial:
         raise DabError(f"{current.name}: did not end within {grace_s:.0f} s; `dab stop` of its sweep ends all trials.")
-    job_id, target = record.tags.get("dab.job_id"), target_of(record)
-    if job_id is not None and target.jobs_url:
-        stop_job(target, job_id, on_wait)
+    how = _end_job(record, now=now, on_wait=on_wait)
     last = status(uri, current.run_id)
     if last.status == "finished":  # it came to its end in the meantime
         return last
-    _record_late(uri, current.run_id, RunFolder.of(current.folder), "stopped", "stopped without a last checkpoint")
+    _record_late(uri, current.run_id, RunFolder.of(current.folder), "stopped", how)
     return status(uri, current.run_id)
+
+
+def _end_job(record: RunRecord, *, now: bool, on_wait: Callable[[str], None] | None) -> str:
+    """End the job of a run, and return how the run so ended."""
+    job_id, target = record.tags.get("dab.job_id"), target_of(record)
+    if job_id is None or not target.jobs_url:
+        return "stopped without a last checkpoint"
+    if _job_status(record) == UNREACHABLE:
+        if not now:
+            raise DabError(
+                f"{record.name}: did not end, and {target} does not answer. `dab stop {record.run_id[:8]} --now` "
+                "records it as stopped all the same."
+            )
+        return f"given up: {target} does not answer, so it could not be told to end the run"
+    stop_job(target, job_id, on_wait)
+    return "stopped without a last checkpoint"
 
 
 def _refuse_second_stop(current: RunStatus, *, now: bool) -> None:
@@ -235,16 +255,22 @@ def resume(
         uri: Tracking server.
         reference: The run.
         on_wait: Told what is being waited for.
-        address: Another cluster than the one it was on, as `orchestrator.target.resolve_target` takes it.
-        is_forced: Accept other code and another environment than the run began with.
+        address: Another cluster than the one it was on, as `orchestrator.target.resolve_target` takes it. A run whose
+            own cluster does not answer counts as lost then.
+        is_forced: Accept other code and another environment than the run began with, and that its cluster does not
+            answer.
 
     Raises:
         InvalidInputError: The run is still going, has finished, or is a sweep; or something differs from what it began
             with.
     """
     current = status(uri, reference)
-    if current.status not in ("stopped", "failed"):
-        advice = "It has nothing left to do." if current.status == "finished" else "Stop it first: `dab stop`."
+    record = tracking.find_run(uri, current.run_id)
+    wanted = resolve_target(address) if address else target_of(record)
+    is_elsewhere = wanted.jobs_url != record.tags.get("dab.jobs_url", "")
+    is_lost = (is_forced or is_elsewhere) and current.status not in ENDED and _job_status(record) == UNREACHABLE
+    if current.status not in ("stopped", "failed") and not is_lost:
+        advice = _advice(record, current)
         raise InvalidInputError(
             f"{current.name}: is {current.status}; only a stopped or failed run can be resumed. {advice}"
         )
@@ -252,10 +278,10 @@ def resume(
         raise InvalidInputError(
             f"{current.name}: is a sweep, which cannot be resumed. Resume a trial of it, or submit the sweep again."
         )
+    _await_exit(record, on_wait)
     folder = RunFolder.of(current.folder)
     # The tracker may have come back under another address since the last attempt.
     job = replace(Job.load(folder).next_attempt(), tracking_uri=uri)
-    wanted = resolve_target(address) if address else target_of(tracking.find_run(uri, current.run_id))
     expect(folder, job.parsed_config(), is_here=wanted.is_embedded, is_forced=is_forced)
     target, _ = ensure_services(uri, on_wait, target=wanted)
     reached = reach(target)
@@ -263,12 +289,46 @@ def resume(
     job = replace(job, target=target.name, jobs_url=target.jobs_url)
     folder.clear_stop()
     folder.forget_result()
-    tracking.set_tags(uri, job.run_id, {"dab.message": "", "dab.job_id": job.job_id})
+    tracking.set_tags(uri, job.run_id, {"dab.message": "", "dab.job_id": job.job_id, **being_sent()})
     tracking.set_status(uri, job.run_id, "queued")
     submit_job(job, target, reached)
-    if not target.is_embedded:
+    is_known = target.token is not None or target.is_open  # else only the tracker named it
+    if is_known and not target.is_embedded:
         remember(sent_run(job, uri))
     return job, target
+
+
+def _advice(record: RunRecord, current: RunStatus) -> str:
+    """Return what to do with a run that cannot be resumed."""
+    if current.status == "finished":
+        return "It has nothing left to do."
+    if _job_status(record) == UNREACHABLE:
+        return "Its cluster does not answer; if it is gone for good, resume it with --address on another."
+    return "Stop it first: `dab stop`."
+
+
+def _await_exit(record: RunRecord, on_wait: Callable[[str], None] | None) -> None:
+    """Wait until the job of a run that has ended is over: two attempts must not share a folder.
+
+    Raises:
+        InvalidInputError: It goes on.
+    """
+    deadline = time.monotonic() + _EXIT_S
+    while _has_living_job(record):
+        if time.monotonic() > deadline:
+            raise InvalidInputError(
+                f"{record.name}: its job {record.tags['dab.job_id']} still runs. `dab stop {record.run_id[:8]} --now` "
+                "ends it."
+            )
+        if on_wait is not None:
+            on_wait("waiting for the last attempt to end")
+        time.sleep(0.5)
+
+
+def _has_living_job(record: RunRecord) -> bool:
+    """Whether a run's own job, not that of the sweep it is a trial of, goes on."""
+    is_own = is_job_of(record.tags.get("dab.job_id", ""), record.run_id)
+    return is_own and _job_status(record) in LIVING_JOBS
 
 
 def read_logs(
@@ -300,16 +360,17 @@ def read_logs(
 
 def _job_status(record: RunRecord) -> str | None:
     job_id, target = record.tags.get("dab.job_id"), target_of(record)
+    # A queued run gets its job's name a moment before the cluster gets the job.
+    is_being_sent = record.status == "queued" and time.time() - sent_at(record) < _SUBMISSION_S
+    unknown = "PENDING" if is_being_sent else None
     if job_id is None or not target.jobs_url:
-        return None
+        return unknown
     try:
-        known = job_status(target, job_id)
-    except DabError:
+        return job_status(target, job_id) or unknown
+    except DabError as error:
         if target.is_embedded:
             raise
-        return UNREACHABLE
-    # A queued run gets its job's name a moment before the cluster gets the job.
-    return "PENDING" if known is None and record.status == "queued" else known
+        return REFUSED if isinstance(error, InvalidInputError) else UNREACHABLE
 
 
 def _why_queued(record: RunRecord) -> str:

@@ -15,12 +15,11 @@ from orchestrator import queue
 from orchestrator.capacity import Needs
 from orchestrator.cluster import client_env
 from orchestrator.job import VARIABLE
-from orchestrator.jobs_api import asking, job_client
+from orchestrator.jobs_api import STOP_GRACE_S, asking, job_client
 from orchestrator.package import Package, package, snapshot
 from orchestrator.queue import Waiting
 from orchestrator.target import Target
 
-STOP_GRACE_S = 60
 _PYTHON = "DAB_PYTHON"
 
 

@@ -5,15 +5,18 @@ The file `sent.jsonl` of DAB_HOME only saves typing: `dab status RUN` finds a ru
 """
 
 import json
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 
 from dabnn.errors import InvalidInputError
+from orchestrator.clusters_file import FILE, known_clusters
 from orchestrator.home import home, home_path
 from orchestrator.job import Job
-from orchestrator.target import Target, resolve_target
+from orchestrator.target import Target, jobs_url, resolve_target
 from orchestrator.tracking import RunRecord
 
-_FILE = "sent.jsonl"
+_SENT = "sent.jsonl"
+_SENT_AT = "dab.sent_at"
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,14 @@ def sent_run(job: Job, tracking_uri: str | None) -> SentRun:
 
 def remember(run: SentRun) -> None:
     """Add a run to the file; an entry of before counts no more."""
-    with (home() / _FILE).open("a", encoding="utf-8") as file:
+    with (home() / _SENT).open("a", encoding="utf-8") as file:
         file.write("\n" + json.dumps(asdict(run)) + "\n")  # a line that was torn by a kill must not swallow this one
 
 
 def sent_runs() -> list[SentRun]:
     """Return the runs that were sent from here, the newest last; lines that cannot be read are left out."""
     try:
-        lines = (home_path() / _FILE).read_text(encoding="utf-8").splitlines()
+        lines = (home_path() / _SENT).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
     found: dict[str, SentRun] = {}
@@ -102,5 +105,21 @@ def tracker_at(target: Target) -> str:
 
 
 def target_of(record: RunRecord) -> Target:
-    """Return the cluster that a run was sent to; a cluster of `clusters.toml` is found by its URL."""
-    return resolve_target(record.tags.get("dab.jobs_url") or None)
+    """Return the cluster that a run was sent to; a cluster of `clusters.toml` is found by its URL.
+
+    Whoever may write to the tracker chooses the URL: one that is not known here gets no token.
+    """
+    target = resolve_target(record.tags.get("dab.jobs_url") or None)
+    named = (jobs_url(f"{FILE}: [{name}] address", entry.address) for name, entry in known_clusters().items())
+    known = {*named, *(run.jobs_url for run in sent_runs())}
+    return target if target.is_embedded or target.jobs_url in known else replace(target, token=None)
+
+
+def being_sent() -> dict[str, str]:
+    """Return the tag of a run that is about to be handed to a cluster, which does not know it yet."""
+    return {_SENT_AT: f"{time.time():.0f}"}
+
+
+def sent_at(record: RunRecord) -> float:
+    """Return when a run was about to be handed to its cluster, in seconds since 1970; 0 where that was not noted."""
+    return float(record.tags.get(_SENT_AT, "0"))

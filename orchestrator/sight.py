@@ -25,7 +25,10 @@ from orchestrator.provenance import PROGRAM_ROOT
 
 MAX_SKEW_S = 5.0
 _TRACKER_S = 8.0
-_LISTENS_S = 60.0
+LOOK_LIMIT_S = 60.0
+MEETING_LIMIT_S = 20.0
+# The first node to be looked at is met when the last one was looked at and what they wrote was found.
+_LISTENS_S = LOOK_LIMIT_S + MEETING_LIMIT_S + 40.0
 _WORKER_BYTES = 400_000_000  # resident size of a worker of a small network, measured
 _LOADER_BYTES = 100_000_000  # what a loader does not share with the worker that it was forked from
 _DISK_BYTES = 200_000_000
@@ -73,7 +76,7 @@ class Sight:
         storage: Empty, or what is wrong with the run's folder.
         tracking: Empty, or what is wrong with the tracking server.
         interface: Name of the network interface; empty where gloo goes by the host name.
-        listens: Address and port at which the node can be met for a minute.
+        listens: Address and port at which the node can be met until all have met.
         memory_bytes: Free memory.
         shared_bytes: Free shared memory.
         disks: Folder -> free bytes.
@@ -305,13 +308,13 @@ def _tracking(uri: str) -> str:
 
 
 def _listen(address: str) -> tuple[str, int]:
-    """Take connections for a minute in a thread; return where."""
+    """Take connections in a thread, until all have surely met; return where."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.create_server((address, 0), family=family, backlog=128)
     listener.settimeout(_LISTENS_S)
 
     def serve() -> None:
-        with listener, suppress(OSError):  # the minute is over
+        with listener, suppress(OSError):  # the time is over
             while True:
                 listener.accept()[0].close()
 

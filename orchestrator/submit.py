@@ -1,19 +1,22 @@
 """Submit a run or a sweep: check what can be checked here, create the MLflow run, hand the job to the cluster."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dabnn.errors import InvalidInputError
+from dabnn.errors import DabError, InvalidInputError
 from orchestrator import queue, tracking
 from orchestrator.capacity import Needs, shortage
 from orchestrator.config import Config, alone, flatten, resolve_paths, to_dict, to_yaml, with_overrides
+from orchestrator.config_search import Search
 from orchestrator.config_sections import Cluster as ClusterSection
 from orchestrator.found_runs import checkpoint_of
 from orchestrator.home import home_folder
 from orchestrator.job import Job
+from orchestrator.jobs_api import LIVING_JOBS, job_status, stop_job
 from orchestrator.probe import check_nodes
 from orchestrator.provenance import provenance
 from orchestrator.queue import Waiting
@@ -21,7 +24,7 @@ from orchestrator.reach import Reached, reach
 from orchestrator.resolve import check_room, manifest_of, model_table, resolve
 from orchestrator.search import check_trials
 from orchestrator.send import Parcel, hand_over, preview, send
-from orchestrator.sent_runs import remember, sent_run
+from orchestrator.sent_runs import being_sent, remember, sent_run
 from orchestrator.target import Target, ensure_target, resolve_target
 from orchestrator.tracking_server import ensure_tracking, tracking_status
 
@@ -257,18 +260,55 @@ def submit_job(
         on_note: Told when the run has to wait.
 
     Raises:
+        InvalidInputError: Somebody else has submitted this attempt, which goes on.
         DabError: The cluster or the tracker did not take it; the run is marked as failed.
     """
-    uri, run_id = job.tracking_uri, job.run_id
-    try:
+    with _failing(job.tracking_uri, job.run_id):
         parcel, reason = parcel_of(job, target, reached or reach(target))
         if reason:
             on_note(f"queued on {target}: {reason}")
         job.save()
         # First the tag, then the job: whoever asks for the status in between finds a job that is not known yet.
-        tracking.set_tags(uri, run_id, {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt), **job.whereabouts})
-        send(target, parcel)
-    except BaseException as error:  # an interruption, too: a run without a job would stay queued for ever
+        tags = {"dab.job_id": job.job_id, "dab.attempt": str(job.attempt), **job.whereabouts, **being_sent()}
+        tracking.set_tags(job.tracking_uri, job.run_id, tags)
+        try:
+            send(target, parcel)
+        except BaseException as error:
+            if not _is_taken(target, job, error):
+                raise
+
+
+def _is_taken(target: Target, job: Job, error: BaseException) -> bool:
+    """Return whether a cluster has taken a job all the same, as when only its answer was lost; Ctrl-C ends the job.
+
+    Raises:
+        TakenError: It is the job of another submission of the same attempt.
+    """
+    if "already exists" in str(error):
+        raise TakenError(f"{job.name}: attempt {job.attempt} was submitted by somebody else at the same time.")
+    try:
+        if job_status(target, job.job_id) not in LIVING_JOBS:
+            return False
+        if isinstance(error, DabError):
+            return True
+        stop_job(target, job.job_id)
+    except DabError:
+        pass  # it is not known; should the job run, it will mark the run as running
+    return False
+
+
+class TakenError(InvalidInputError):
+    """The attempt was submitted before; nothing is wrong with the run."""
+
+
+@contextmanager
+def _failing(uri: str, run_id: str) -> Iterator[None]:
+    """Within the block what goes wrong marks the run as failed: without a job it would stay queued for ever."""
+    try:
+        yield
+    except TakenError:
+        raise
+    except BaseException as error:
         reason = str(error) or type(error).__name__
         tracking.set_tags(uri, run_id, {"dab.message": f"the job could not be submitted: {reason}"})
         tracking.set_status(uri, run_id, "failed")
@@ -283,17 +323,37 @@ def parcel_of(job: Job, target: Target, reached: Reached | None) -> tuple[Parcel
         target: The cluster.
         reached: What it says of itself; None where it is not asked, as for one that does not run.
     """
-    section = job.parsed_config().cluster
-    needs = Needs.of(section)
-    carried = queue.metadata(job.name, section.priority, needs.total, target.max_running)
+    config = job.parsed_config()
+    section, needs = config.cluster, Needs.of(config.cluster)
+    claim = claim_of_sweep(needs, config.search) if job.kind == "sweep" and config.search else needs
+    carried = queue.metadata(job.name, section.priority, claim, target.max_running)
     program = "jobs.sweep" if job.kind == "sweep" else "jobs.supervise"
     parcel = Parcel(program, job.job_id, job.to_json(), job.run_id, job.kind, carried)
     if reached is None:
         return parcel, ""
     short = shortage(needs, reached.nodes, str(target)) if section.wait else None
     reason = short or queue.turn_at_submission(target, reached, carried).reason
-    waiting = Waiting(job.job_id, needs, may_outgrow=section.wait) if reason else None
+    # Where others submit too, two may find room at the same moment: whose it is, is decided where all are known.
+    is_queued = bool(reason) or not target.is_embedded
+    waiting = Waiting(job.job_id, needs, may_outgrow=section.wait) if is_queued else None
     return replace(parcel, waiting=waiting), reason
+
+
+def claim_of_sweep(needs: Needs, search: Search) -> Needs:
+    """Return what a sweep takes: it starts with room for one trial, and fills the cluster with as many as it may.
+
+    Args:
+        needs: What one trial needs.
+        search: The sweep.
+    """
+    num_trials = min(search.num_trials, search.max_concurrent or search.num_trials)
+    return Needs(
+        num_trials * max(1, needs.num_workers),
+        max(1, needs.least),
+        needs.each,
+        needs.placement if num_trials == 1 else "pack",
+        needs.labels,
+    )
 
 
 def preview_of(ready: Plan, target: Target, reached: Reached | None, *, sweep: bool) -> dict[str, Any]:
@@ -327,12 +387,14 @@ def _create_run(ready: Plan, uri: str, kind: str, target: Target) -> Job:
         "dab.kind": kind,
         "dab.data_digest": ready.digest,
         "dab.packed_bytes": str(ready.packed_bytes),
+        **being_sent(),
     }
     run_id = tracking.create_run(uri, config.tracking.experiment, config.name, params=flatten(shown), tags=tags)
     job = _job(kind, run_id, ready, uri, target)
-    tracking.set_tags(uri, run_id, {"dab.folder": job.folder})
-    tracking.log_json(uri, run_id, "config.json", to_dict(config))
-    tracking.log_dataset(uri, run_id, digest=ready.digest, path=config.data.train, context="train")
-    job.save()
-    job.run_folder.leave("config.yaml", to_yaml(config if kind == "sweep" else alone(config)))
+    with _failing(uri, run_id):
+        tracking.set_tags(uri, run_id, {"dab.folder": job.folder})
+        tracking.log_json(uri, run_id, "config.json", to_dict(config))
+        tracking.log_dataset(uri, run_id, digest=ready.digest, path=config.data.train, context="train")
+        job.save()
+        job.run_folder.leave("config.yaml", to_yaml(config if kind == "sweep" else alone(config)))
     return job

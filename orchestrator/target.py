@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from dabnn.data.remote import shown
 from dabnn.errors import InvalidInputError
 from orchestrator.cluster import Cluster, ensure_cluster, find_cluster
 from orchestrator.clusters_file import EMBEDDED, FILE, Entry, known_clusters
@@ -156,20 +157,20 @@ def jobs_url(where: str, address: str) -> str:
     Raises:
         InvalidInputError: It cannot be one.
     """
-    parts = urlsplit(address if "://" in address else f"http://{address}")
-    example = "such as http://127.0.0.1:8265 or https://ray.lab"
-    if parts.scheme not in {"http", "https"}:
-        raise InvalidInputError(
-            f"{where}: {address} is no address of a Jobs API; it begins with http:// or https://, {example}."
-        )
-    if parts.username or parts.password:
+    if "@" in address:
         raise InvalidInputError(f"{where}: holds a password, which would be kept in records. {_HOW}")
+    url = address if "://" in address else f"http://{address}"
+    wrong = f"{where}: {shown(url)} is no address of a Jobs API"
+    example = "such as http://127.0.0.1:8265 or https://ray.lab"
     try:
+        parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        port = -1
-    if not parts.hostname or parts.query or parts.fragment or port == -1:
-        raise InvalidInputError(f"{where}: {address} is no address of a Jobs API, {example}.")
+        raise InvalidInputError(f"{wrong}, {example}.") from None
+    if parts.scheme not in {"http", "https"}:
+        raise InvalidInputError(f"{wrong}; it begins with http:// or https://, {example}.")
+    if not parts.hostname or parts.query or parts.fragment or port == 0:
+        raise InvalidInputError(f"{wrong}, {example}.")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 

@@ -113,6 +113,12 @@ def _check(file: Path, settings: TrackingSettings) -> None:
         )
     if any("*" in name or "," in name for name in settings.allowed_hosts):
         raise InvalidInputError(f"{file}: allowed_hosts: a pattern would let other names in; list each name.")
+    if settings.artifacts is not None and shown(settings.artifacts) != settings.artifacts:
+        raise InvalidInputError(
+            f"{file}: artifacts: {shown(settings.artifacts)} holds a user name, a password or something after the "
+            "path, which the list of processes would show. Stores take credentials from the environment or from "
+            "~/.aws/credentials."
+        )
     if settings.store is not None:
         _check_store(file, settings.store)
 

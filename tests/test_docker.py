@@ -362,3 +362,15 @@ def test_the_network_policy_lets_in_the_cluster_and_who_submits() -> None:
     assert policy["policyTypes"] == ["Ingress"]
     assert all(rule["from"] for rule in policy["ingress"])
     assert policy["ingress"][1]["ports"] == [{"protocol": "TCP", "port": 8265}]
+
+
+def test_the_commands_of_the_guide_give_containers_what_they_name_and_keep_tokens_from_others() -> None:
+    guide = (ROOT / "docs" / "deployment.md").read_text()
+    several, _, kubernetes = guide.partition("## Several machines")[2].partition("## Kubernetes")
+    run = several.partition("docker run")[2].partition("'")[0]
+    assert {"/etc/dab:/secrets:ro", "/mnt/dab:/mnt/dab", "dab-home:/var/lib/dab"} <= set(run.split())
+    assert "chown 10001:10001 /etc/dab/*" in several
+    assert "--tracking" in several
+    written = [line for line in (several + kubernetes).splitlines() if re.search(r"> \S*(token|password)\b", line)]
+    assert len(written) == 3
+    assert all(line.startswith("(umask 077; ") for line in written)

@@ -58,10 +58,9 @@ def shown(place: str) -> str:
     if not is_url(place):
         return place
     head, _, rest = place.partition("://")
-    host, slash, path = rest.partition("/")
-    path, mark, _ = path.partition("?")
-    host = host.rpartition("@")[2]
-    return f"{head}://{host}{slash}{path.partition('#')[0]}{'?***' if mark else ''}"
+    rest, mark, _ = rest.partition("?")
+    host, slash, path = rest.partition("#")[0].partition("/")
+    return f"{head}://{host.rpartition('@')[2]}{slash}{path}{'?***' if mark else ''}"
 
 
 class NotThereError(DabError):

@@ -124,7 +124,11 @@ def stop(
 def resume(
     run: Run,
     force: Annotated[
-        bool, typer.Option("--force", help="Accept other code and another environment than the run began with.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Accept other code and another environment than the run began with, and that its cluster is away.",
+        ),
     ] = False,
     detach: Detach = False,
     uri: TrackingUri = None,

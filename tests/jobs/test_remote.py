@@ -169,7 +169,9 @@ def test_no_job_carries_the_token_or_a_text_that_a_user_chose_in_its_entrypoint(
     token = far.token_file.read_text().strip()
     shown = [job for job in job_client(far.target).list_jobs() if job.submission_id]
     entrypoints = {job.entrypoint for job in shown if story.first[:16] in str(job.submission_id)}
-    assert [bool(re.fullmatch(r'exec "\$\{DAB_PYTHON:-python\}" -m jobs\.\w+', each)) for each in entrypoints] == [True]
+    assert [
+        bool(re.fullmatch(r'exec "\$\{DAB_PYTHON:-python\}" -m jobs\.queued jobs\.\w+', each)) for each in entrypoints
+    ] == [True]
     assert token not in repr(shown)
     assert not [path for path in far.storage.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
 
@@ -186,11 +188,11 @@ def test_a_run_that_the_cluster_cannot_hold_is_refused_before_anything_is_create
 def test_a_full_cluster_is_waited_for_in_the_order_of_priority(far: Far) -> None:
     target, needs = far.target, Needs(3, 3, {"CPU": 1.0}, "pack", {})
     name = f"held-{time.time_ns()}"
-    carried = metadata("holder", 0, needs.total, None)
+    carried = metadata("holder", 0, needs, None)
     job_client(target).submit_job(entrypoint="exec sleep 600", submission_id=name, metadata=carried)
     for job_id, priority in (("low", 0), ("high", 5)):
         job = f"{name}-{job_id}"
-        carried = metadata(job_id, priority, needs.total, None)
+        carried = metadata(job_id, priority, needs, None)
         send(target, Parcel("platform", job, "{}", "", "test", carried, Waiting(job, needs, may_outgrow=False)))
     rows = wait_until(lambda: len(found := cluster_view.status_of(target)[0]["runs"]) == 3 and found)
     assert {row["name"]: row["state"] for row in rows} == {"holder": "running", "low": "waiting", "high": "waiting"}

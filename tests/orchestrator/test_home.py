@@ -13,6 +13,22 @@ def test_home_is_created_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch, tm
     assert home_folder("logs").is_dir()
 
 
+def test_a_folder_that_was_made_before_is_closed_to_others_unless_it_holds_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def mode_of(folder: Path, before: int) -> int:
+        folder.mkdir(exist_ok=True)
+        folder.chmod(before)
+        monkeypatch.setenv("DAB_HOME", str(folder))
+        return home().stat().st_mode & 0o7777
+
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    assert mode_of(tmp_path / "dab", 0o755) == 0o700
+    assert mode_of(tmp_path / "tmp", 0o1777) == 0o1777
+    assert mode_of(tmp_path / "user", 0o755) == 0o755
+    assert mode_of(tmp_path, 0o755) == 0o755
+
+
 def test_home_defaults_to_a_folder_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DAB_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

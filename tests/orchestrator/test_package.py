@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -60,6 +61,22 @@ def test_other_sources_give_another_digest_and_equal_ones_the_same(checkout: Pat
     assert package(checkout) == first
     (checkout / "dabnn" / "loop.py").write_text("changed")
     assert package(checkout).digest != first.digest
+
+
+def test_a_snapshot_is_named_by_what_was_copied_when_a_source_is_saved_meanwhile(
+    checkout: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copyfile
+
+    def save_first(source: Path, target: Path) -> None:
+        source.write_text("saved meanwhile")
+        copy(source, target)
+
+    monkeypatch.setattr("orchestrator.package.shutil.copyfile", save_first)
+    made = snapshot(checkout)
+    assert (made.folder / "dabnn" / "new.py").read_text() == "saved meanwhile"
+    assert made == package(checkout)
+    assert list((own_home / "packages").iterdir()) == [made.folder]
 
 
 def test_sources_that_are_too_large_are_refused_by_name(checkout: Path) -> None:

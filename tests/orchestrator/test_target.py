@@ -5,7 +5,8 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +18,11 @@ from hypothesis import strategies as st
 
 import cli
 from dabnn.errors import DabError, InvalidInputError
+from orchestrator import clusters_file
 from orchestrator.capacity import Needs, Node, num_places, shortage
 from orchestrator.clusters_file import Entry, add_cluster, known_clusters
 from orchestrator.config import load_config
+from orchestrator.config_search import Search
 from orchestrator.jobs_api import SeenJob
 from orchestrator.probe import NodeReport, problem, skew, versions
 from orchestrator.queue import Entry as Run
@@ -27,7 +30,7 @@ from orchestrator.queue import entries, metadata, turn_of, turns
 from orchestrator.reach import reach
 from orchestrator.send import Parcel, preview
 from orchestrator.sent_runs import SentRun, remember, sent_runs, tracker_at, tracker_of
-from orchestrator.submit import placed
+from orchestrator.submit import claim_of_sweep, placed
 from orchestrator.target import Target, Token, resolve_target
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
@@ -119,17 +122,65 @@ def test_a_url_is_a_cluster(address: str, name: str, url: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["ray://head:10001", "http://", "http://head:port", "http://head:8265/?token=x", "ftp://head", "http://:1"],
+    [
+        "ray://head:10001",
+        "http://",
+        "http://head:port",
+        "http://head:8265/?token=x",
+        "ftp://head",
+        "http://:1",
+        "http://[::1",
+    ],
 )
 def test_what_is_no_address_of_a_jobs_api_is_refused(address: str) -> None:
     with pytest.raises(InvalidInputError, match=r"^--address: "):
         resolve_target(address)
 
 
-def test_a_password_in_an_address_is_refused_and_not_shown() -> None:
+@pytest.mark.parametrize(
+    "address", ["http://me:secret@head:8265", "ray://me:secret@head", "me:secret@head:8265", "https://me:secret@[::1"]
+)
+def test_a_password_in_an_address_is_refused_and_not_shown(address: str) -> None:
     with pytest.raises(InvalidInputError, match=r"^--address: holds a password") as caught:
-        resolve_target("http://me:secret@head:8265")
+        resolve_target(address)
     assert "secret" not in str(caught.value)
+
+
+def test_what_follows_an_address_is_not_shown() -> None:
+    for address in ("http://head:8265/?token=secret", "head:8265?token=secret", "ray://head/?token=secret"):
+        with pytest.raises(InvalidInputError, match="is no address of a Jobs API") as caught:
+            resolve_target(address)
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'address = "http://me:secret@a:1"',
+        'address = "me:secret@a:1"',
+        'address = "http://a:1"\ntracking = "https://me:secret@mlflow"',
+        'address = "http://a:1"\ntracking = "https://mlflow?token=secret"',
+        'address = "http://a:1"\nstorage = "s3://key:secret@bucket/runs"',
+    ],
+)
+def test_a_file_of_clusters_takes_no_secrets(own_home: Path, line: str) -> None:
+    (own_home / "clusters.toml").write_text(f"[lab]\n{line}")
+    with pytest.raises(InvalidInputError, match="holds a user name, a password or something after the path") as caught:
+        known_clusters()
+    assert "secret" not in str(caught.value)
+
+
+def test_the_example_of_a_file_of_clusters_is_one(own_home: Path) -> None:
+    lines = str(clusters_file.__doc__).splitlines()
+    text = "\n".join(line for line in lines if line.startswith("    "))
+    (own_home / "clusters.toml").write_text(text)
+    assert known_clusters()["lab"].python == "/opt/dab/bin/python"
+
+
+def test_clusters_that_are_added_at_once_are_all_kept() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: add_cluster(f"c{number}", Entry(f"http://a:{number + 1}")), range(8)))
+    assert len(known_clusters()) == 8
 
 
 def test_a_name_is_looked_up_and_an_unknown_one_names_the_nearest(own_home: Path) -> None:
@@ -295,7 +346,7 @@ def test_a_submission_to_nobody_creates_nothing(
 def test_a_job_is_shown_without_the_values_of_its_environment(token_file: Path) -> None:
     target = Target("lab", "http://a:1", Token(token_file), python="/opt/$(touch x)/python")
     needs = Needs(2, 2, {"CPU": 1.0}, "spread", {})
-    carried = metadata("a $name", 3, needs.total, 4)
+    carried = metadata("a $name", 3, needs, 4)
     parcel = Parcel("jobs.train", "dab-1", json.dumps({"name": "$(touch x)"}), "1", "train", carried)
     shown = preview(target, parcel, needs)
     assert shown["entrypoint"] == 'exec "${DAB_PYTHON:-python}" -m jobs.train'
@@ -388,62 +439,93 @@ def test_what_a_node_does_not_see_is_named_with_the_node(reported: NodeReport, m
     assert (found is None) if message is None else str(found).startswith(message)
 
 
-def run(job_id: str, **changes: Any) -> Run:
+def run(job_id: str, cpus: float = 2.0, **changes: Any) -> Run:
     values: dict[str, Any] = {
-        "user": "ann", "priority": 0, "submitted_at": 1.0, "needs": {"CPU": 2.0}, "max_running": None,
-        "is_running": False,
+        "user": "ann", "priority": 0, "submitted_at": 1.0, "needs": Needs(1, 1, {"CPU": cpus}, "pack", {}),
+        "max_running": None, "is_running": False,
     }  # fmt: skip
     return Run(job_id, **values | changes)
 
 
 def test_an_empty_cluster_is_everybodys_turn() -> None:
-    assert turn_of(run("a"), [], {"CPU": 4.0}).action == "start"
-    assert (
-        turn_of(run("a", needs={"CPU": 9.0}), [], {"CPU": 4.0}).action == "start"
-    )  # what Ray holds is not ours to judge
+    assert turn_of(run("a"), [], [node("n", 4)]).action == "start"
+    assert turn_of(run("a", 9.0), [], [node("n", 4)]).action == "start"  # what Ray holds is not ours to judge
 
 
 def test_a_full_cluster_is_waited_for_and_the_reason_told() -> None:
     full = [run("b", is_running=True), run("c", is_running=True)]
-    turn = turn_of(run("a"), full, {"CPU": 4.0})
+    turn = turn_of(run("a"), full, [node("n", 4)])
     assert (turn.action, turn.reason) == ("wait", "needs 2 CPU where 0 CPU is left by 2 runs")
-    assert turn_of(run("a"), full[:1], {"CPU": 4.0}).action == "start"
+    assert turn_of(run("a"), full[:1], [node("n", 4)]).action == "start"
 
 
 def test_higher_priority_goes_first_then_who_came_first() -> None:
     busy = run("z", is_running=True)
     early, late, urgent = run("a"), run("b", submitted_at=2.0), run("c", submitted_at=3.0, priority=5)
-    assert {job: turn.action for job, turn in turns([late, urgent, early, busy], {"CPU": 4.0}).items()} == {
+    assert {job: turn.action for job, turn in turns([late, urgent, early, busy], [node("n", 4)]).items()} == {
         "a": "wait", "b": "wait", "c": "start",
     }  # fmt: skip
     assert (
-        turns([late, early, busy], {"CPU": 4.0})["b"].reason
+        turns([late, early, busy], [node("n", 4)])["b"].reason
         == "needs 2 CPU where 0 CPU is left by 1 runs, 1 ahead of it"
     )
 
 
 def test_nobody_overtakes_a_big_run_but_past_one_that_can_never_start() -> None:
     busy = run("z", is_running=True)
-    big, small = run("a", needs={"CPU": 4.0}), run("b", needs={"CPU": 1.0}, submitted_at=2.0)
-    assert turn_of(small, [busy, big], {"CPU": 4.0}).action == "wait"
-    giant = run("a", needs={"CPU": 99.0})
-    assert turn_of(small, [busy, giant], {"CPU": 4.0}).action == "start"
+    big, small = run("a", 4.0), run("b", 1.0, submitted_at=2.0)
+    assert turn_of(small, [busy, big], [node("n", 4)]).action == "wait"
+    giant = run("a", 99.0)
+    assert turn_of(small, [busy, giant], [node("n", 4)]).action == "start"
 
 
 def test_a_quota_holds_its_user_and_nobody_else() -> None:
-    total = {"CPU": 100.0}
+    total = [node("n", 100)]
     mine = [run("a", is_running=True), run("b", is_running=True)]
     third = run("c", max_running=2)
     turn = turn_of(third, mine, total)
     assert (turn.action, turn.reason) == ("wait", "ann has 2 runs on the cluster, and 2 may run at a time")
     assert turn_of(run("d", user="bob", max_running=2, submitted_at=9.0), [*mine, third], total).action == "start"
-    others = run("d", user="bob", submitted_at=9.0, needs={"CPU": 98.0})
+    others = run("d", 98.0, user="bob", submitted_at=9.0)
     assert turn_of(others, [run("a", is_running=True), third], total).action == "wait"
-    assert turn_of(replace_needs(others, 96.0), [*mine, third], total).action == "start"
+    fitting = run("d", 96.0, user="bob", submitted_at=9.0)
+    assert turn_of(fitting, [*mine, third], total).action == "start"
 
 
-def replace_needs(entry: Run, cpus: float) -> Run:
-    return Run(**asdict(entry) | {"needs": {"CPU": cpus}})
+def test_a_run_that_no_placement_holds_keeps_nobody_waiting() -> None:
+    busy, nodes = run("z", 1.0, is_running=True), [node("a", 2), node("b", 2)]
+    wanted = Needs(3, 3, {"CPU": 1.0}, "strict_pack", {}), Needs(1, 1, {"CPU": 1.0}, "pack", {"pool": "none"})
+    for needs in wanted:
+        assert turn_of(run("b", submitted_at=2.0), [busy, run("a", needs=needs)], nodes).action == "start"
+
+
+def test_an_elastic_run_starts_with_its_fewest_workers_and_is_left_room_to_grow() -> None:
+    nodes, elastic = [node("a", 4), node("b", 4)], Needs(8, 2, {"CPU": 1.0}, "pack", {})
+    busy = run("z", 6.0, is_running=True)
+    assert turn_of(run("a", needs=elastic), [busy], nodes[:2]).action == "start"
+    assert turn_of(run("a", needs=elastic), [busy, run("b", 2.0, submitted_at=0.5)], nodes).action == "wait"
+    grown = run("a", needs=elastic, is_running=True)
+    assert turn_of(run("b", 1.0), [grown], nodes).action == "wait"
+    assert turn_of(run("b", 1.0), [grown], [*nodes, node("c", 1)]).action == "start"
+
+
+@pytest.mark.parametrize(
+    ("search", "needs", "num_workers", "least"),
+    [
+        ({}, Needs(2, 2, {"CPU": 1.0}, "spread", {}), 40, 2),
+        ({"max_concurrent": 3}, Needs(2, 2, {"CPU": 1.0}, "spread", {}), 6, 2),
+        ({"max_concurrent": 9, "num_trials": 4}, Needs(0, 0, {"CPU": 1.0}, "pack", {}), 4, 1),
+    ],
+)
+def test_a_sweep_claims_what_its_trials_take_at_a_time(
+    search: dict[str, int], needs: Needs, num_workers: int, least: int
+) -> None:
+    space = Search.model_validate({"space": {"optim.max_lr": {"log": [1e-4, 1e-2]}}, **search})
+    claim = claim_of_sweep(needs, space)
+    assert (claim.num_workers, claim.least, claim.placement) == (num_workers, least, "pack")
+    sweep = run("a", needs=claim, is_running=True)
+    assert turn_of(run("b", 1.0), [sweep], [node("n", num_workers)]).action == "wait"
+    assert turn_of(run("b", 1.0), [sweep], [node("n", num_workers + 1)]).action == "start"
 
 
 @given(
@@ -456,9 +538,9 @@ def test_whoever_waits_the_queue_moves_and_never_takes_more_than_there_is(
     drawn: list[tuple[int, int, str, int | None]],
 ) -> None:
     """Runs that start one after the other, as they may, and end when nothing else can start: all get their turn."""
-    total = {"CPU": 5.0}
+    total = [node("n", 5)]
     waiting = {
-        str(i): run(str(i), priority=p, needs={"CPU": float(n)}, user=u, max_running=q, submitted_at=float(i))
+        str(i): run(str(i), float(n), priority=p, user=u, max_running=q, submitted_at=float(i))
         for i, (p, n, u, q) in enumerate(drawn)
     }
     running: dict[str, Run] = {}
@@ -467,9 +549,9 @@ def test_whoever_waits_the_queue_moves_and_never_takes_more_than_there_is(
         ready = [job for job, turn in found.items() if turn.action == "start"]
         assert ready or running
         if ready:
-            started = Run(**asdict(waiting.pop(ready[0])) | {"is_running": True})
+            started = replace(waiting.pop(ready[0]), is_running=True)
             running[started.job_id] = started
-            assert sum(each.needs["CPU"] for each in running.values()) <= 5
+            assert sum(each.needs.total["CPU"] for each in running.values()) <= 5
             own = sum(each.user == started.user for each in running.values())
             assert started.max_running is None or own <= started.max_running
         else:
@@ -477,7 +559,8 @@ def test_whoever_waits_the_queue_moves_and_never_takes_more_than_there_is(
 
 
 def test_what_jobs_carry_is_read_back_and_what_others_carry_is_left_out() -> None:
-    carried = metadata("night", 7, {"CPU": 2.0}, 3)
+    needs = Needs(2, 1, {"CPU": 1.0}, "spread", {"pool": "lab"})
+    carried = metadata("night", 7, needs, 3)
     jobs = [
         SeenJob("a", "RUNNING", 1.0, carried, has_begun=False),
         SeenJob("b", "RUNNING", 2.0, carried | {"dab_queued": "1"}, has_begun=False),
@@ -485,10 +568,14 @@ def test_what_jobs_carry_is_read_back_and_what_others_carry_is_left_out() -> Non
         SeenJob("d", "RUNNING", 4.0, {}, has_begun=True),
         SeenJob("e", "RUNNING", 5.0, carried | {"dab_needs": "[]"}, has_begun=True),
         SeenJob("f", "RUNNING", 6.0, carried | {"dab_priority": "high"}, has_begun=True),
+        *(
+            SeenJob("g", "RUNNING", 7.0, carried | {"dab_needs": json.dumps(asdict(needs) | wrong)}, has_begun=True)
+            for wrong in ({"each": {}}, {"each": {"CPU": 0}}, {"placement": "here"}, {"labels": 3}, {"least": "x"})
+        ),
     ]
     found = entries(jobs)
     assert [(entry.job_id, entry.is_running) for entry in found] == [("a", True), ("b", False)]
-    assert (found[0].name, found[0].priority, found[0].needs, found[0].max_running) == ("night", 7, {"CPU": 2.0}, 3)
+    assert (found[0].name, found[0].priority, found[0].needs, found[0].max_running) == ("night", 7, needs, 3)
 
 
 def test_a_run_that_was_sent_elsewhere_is_found_again(own_home: Path) -> None:

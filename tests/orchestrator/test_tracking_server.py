@@ -45,6 +45,8 @@ def own_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ('store = "mysql://u:hunter2@h/d"', r"store: mysql://h/d is not postgresql://"),
         ('store = "postgresql://u:hunter2@h/d"', r"store: holds a password, .* into ~/.pgpass"),
         ('store = "postgresql://u@h/d?password=hunter2"', r"store: holds a password"),
+        ('artifacts = "s3://key:hunter2@bucket"', r"artifacts: s3://bucket holds a user name, a password"),
+        ('artifacts = "s3://bucket?key=hunter2"', r"artifacts: s3://bucket\?\*\*\* holds a user name, a password"),
         ("store = ", r"tracking.toml: cannot be read"),
     ],
 )
