@@ -161,7 +161,7 @@ def first_line(error: BaseException) -> str:
 
 def _start_failure(error: BaseException) -> Failure:
     if isinstance(error, WorkerGroupStartupTimeoutError):
-        return Failure(Kind.NOT_STARTED, "the workers did not start in time (cluster.start_timeout_s)", 0)
+        return Failure(Kind.NOT_STARTED, "their places were taken in the meantime (cluster.start_timeout_s)", 0)
     text = first_line(error)
     if isinstance(error, WorkerGroupStartupFailedError | RayActorError):
         return Failure(Kind.WORKER_LOST, "a worker ended while it started", 0)

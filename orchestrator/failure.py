@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 HUNG = 75  # exit code of a driver that trained itself and hung
-_LONGEST_WAIT_S = 30.0
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
 
 
 class Kind(StrEnum):
@@ -31,8 +31,8 @@ class Kind(StrEnum):
 
     @property
     def is_counted(self) -> bool:
-        """Whether it counts towards `cluster.max_failures`; a machine that was wanted back is nobody's failure."""
-        return self is not Kind.PREEMPTED
+        """Whether it counts towards `cluster.max_failures`; whoever only has to wait for a place has not failed."""
+        return self not in (Kind.PREEMPTED, Kind.NOT_STARTED)
 
 
 class Action(StrEnum):
@@ -86,7 +86,7 @@ class Limits:
     """What a run allows.
 
     Attributes:
-        max_failures: Restarts before it counts as failed; preemptions are not counted.
+        max_failures: Restarts before it counts as failed; waits for a place are not counted.
         num_workers: Workers that it wants.
         min_workers: Fewest it goes on with; None for `num_workers`.
         is_stopping: Whether somebody asked for its end.
@@ -127,6 +127,9 @@ def decide(failure: Failure, history: Sequence[Failure], limits: Limits) -> Deci
         return Decision(Action.STOP, "a stop was asked for, so it is not started again")
     if failure.kind is Kind.PREEMPTED:
         return Decision(Action.RETRY, "its place is wanted for something else; this does not count as a failure")
+    if failure.kind is Kind.NOT_STARTED:
+        wait_s = max(_SHORTEST_WAIT_S, _wait_s(failure, history))
+        return Decision(Action.RETRY, "another place is looked for; this does not count as a failure", wait_s)
     if reason := _hopeless(failure, history, limits):
         return Decision(Action.GIVE_UP, reason)
     num_used = sum(before.kind.is_counted for before in history)

@@ -25,7 +25,7 @@ _WHAT = {
     Kind.OUT_OF_MEMORY: "memory ran out",
     Kind.GPU_OUT_OF_MEMORY: "GPU memory ran out",
     Kind.CONNECTION_LOST: "workers lost each other",
-    Kind.NOT_STARTED: "the workers did not start",
+    Kind.NOT_STARTED: "the workers found no place",
     Kind.PREEMPTED: "a place was taken away",
     Kind.ERROR: "a worker failed",
 }

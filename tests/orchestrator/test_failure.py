@@ -12,7 +12,7 @@ def lost(step: int = 100, kind: Kind = Kind.WORKER_LOST, **values: object) -> Fa
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in Kind if kind not in (Kind.PREEMPTED, Kind.GPU_OUT_OF_MEMORY)], ids=lambda kind: kind.name
+    "kind", [kind for kind in Kind if kind.is_counted and kind is not Kind.GPU_OUT_OF_MEMORY], ids=lambda kind: kind.name
 )
 def test_the_first_failure_of_any_kind_is_tried_again_at_once_and_counted(kind: Kind) -> None:
     decision = decide(lost(kind=kind), [], LIMITS)
@@ -32,6 +32,14 @@ def test_a_place_that_is_taken_away_never_counts() -> None:
     history = [lost(step, Kind.PREEMPTED) for step in range(100, 2000, 100)]
     assert decide(lost(2000, Kind.PREEMPTED), history, Limits(max_failures=0)).action is Action.RETRY
     assert decide(lost(2000), history, LIMITS).reason == "restart 1 of 3"
+
+
+def test_a_run_that_lost_the_race_for_its_places_waits_and_is_never_given_up() -> None:
+    history = [lost(0, Kind.NOT_STARTED) for _ in range(50)]
+    waits = [decide(history[0], history[:number], Limits(max_failures=0)) for number in range(8)]
+    assert {decision.action for decision in waits} == {Action.RETRY}
+    assert [decision.wait_s for decision in waits] == [1, 1, 2, 4, 8, 16, 30, 30]
+    assert decide(lost(0), history, LIMITS).reason == "restart 1 of 3"
 
 
 def test_nothing_is_started_again_when_a_stop_was_asked_for() -> None:
