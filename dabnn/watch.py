@@ -131,10 +131,11 @@ class WorkerWatch:
                 f"cluster.hang_s: rank {self._rank} on {self._node} took no step for {silent_s:.0f} s {where}, more "
                 f"than {limit:.0f} s. What it was doing is in {place}."
             )
-        if _told_to_end.is_set():
-            self._term_at = self._term_at or now
-        if self._term_at is not None and now - self._term_at > _TERM_GRACE_S:
-            raise HangError(f"rank {self._rank} was told to end and reached no checkpoint in {_TERM_GRACE_S:.0f} s")
+        if not _told_to_end.is_set() or self._is_leaving:  # the loop knows; its checkpoint may have a long way
+            return
+        self._term_at = self._term_at or now
+        if now - max(self._term_at, self._heard) > _TERM_GRACE_S:
+            raise HangError(f"rank {self._rank} was told to end and took no step in {_TERM_GRACE_S:.0f} s")
 
     def save_stacks(self) -> str:
         """Leave the stacks of all threads of this process with the run; return where."""

@@ -82,7 +82,7 @@ class StopAtStep(RunFolder):
 def test_stop_in_the_last_step_of_an_epoch_takes_a_checkpoint_with_its_score(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dabnn.train.PROGRESS_INTERVAL_S", 0.0)
+    monkeypatch.setattr("dabnn.progress.INTERVAL_S", 0.0)
     spec = small_spec(digits, checkpoint=CheckpointPolicy(every_epochs=2))
     whole = run(spec, tmp_path / "whole")
     folder = StopAtStep(tmp_path / "stopped")
