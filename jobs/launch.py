@@ -21,7 +21,7 @@ from dabnn.run_folder import RunFolder
 from dabnn.spec import TrainSpec
 from jobs.growth import forget_wish, leave_wish
 from jobs.nodes import Seen, seen
-from jobs.preflight import Wanted, look_at
+from jobs.preflight import Wanted, look_at, wait_for_store
 from orchestrator.capacity import Needs, Node, num_places, shortage
 from orchestrator.config import Config
 from orchestrator.config_sections import Cluster as ClusterConfig
@@ -64,6 +64,7 @@ def launch(
     Raises:
         DabError: The cluster cannot hold the workers, a node lacks something, or it was given up after failures.
     """
+    wait_for_store(folder, spec.checkpoint.retry_s, tell)
     folder.forget_result()
     if not config.cluster.num_workers:
         return _train_watched(spec, folder, config.cluster)
@@ -136,6 +137,8 @@ class _Attempts:
             if found is None:
                 return _stopped(self.folder, "stopped by request while it waited for room")
             places, nodes = found
+            if wait_for_store(self.folder, self.spec.checkpoint.retry_s, self.tell):
+                continue  # somebody else may have the places by now
             if not self._are_sound(places, nodes, is_first=number == 1):
                 continue
             if len(places) < self.cluster.num_workers:
@@ -191,6 +194,7 @@ class _Attempts:
             if is_asked.is_set() and _has_left(error):
                 return None
             return self._decide(error)
+        wait_for_store(self.folder, self.spec.checkpoint.retry_s, self.tell)
         return _result(self.folder)
 
     def _decide(self, error: BaseException) -> dict[str, Any] | None:

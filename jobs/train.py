@@ -18,6 +18,7 @@ from dabnn.run_folder import RunFolder
 from dabnn.watch import HangError
 from jobs.connect import connect
 from jobs.launch import launch
+from jobs.preflight import wait_for_store
 from jobs.record import FLUSH_TIMEOUT_S, leave_result, record_end, record_start
 from orchestrator.failure import HUNG
 from orchestrator.job import Job
@@ -39,6 +40,7 @@ def main() -> int:
     say(f"run {job.name} ({job.run_id}), attempt {job.attempt}: {config.cluster.num_workers} workers")
     with following(job), printing_progress(folder):
         try:
+            wait_for_store(folder, config.train.checkpoint.retry_s, say)
             begin(folder, origin_of(config))
             spec = train_spec(config)
             result = launch(spec, folder, config, job.job_id, tracking_uri=job.tracking_uri, tell=say)
