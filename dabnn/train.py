@@ -24,33 +24,30 @@ from pathlib import Path
 from typing import Any
 
 from dabnn.agreement import is_agreed
-from dabnn.checkpoints import Checkpoint, CheckpointWriter, Moment, load_state, restore_point, stage_end, weights_sha256
+from dabnn.checkpoints import Checkpoint, CheckpointWriter, Moment, load_state, restore_point, weights_sha256
 from dabnn.data import Batch, Stream, load_manifest
 from dabnn.data.bad_samples import BadSamples
 from dabnn.diagnose import Place, not_finite_parameter
 from dabnn.distributed import World, deterministic, seed_step
-from dabnn.errors import DabError, InvalidInputError
+from dabnn.errors import DabError, InvalidInputError, PassingError
 from dabnn.evaluate import Totals, count
 from dabnn.learner import Learner, checkpoint_bytes
 from dabnn.memory import telling_of_memory
-from dabnn.models import Network
 from dabnn.observer import LeavingError, Observer, Silent, Unwatched, Watch, Wish
 from dabnn.progress import Position, ProgressWriter
 from dabnn.run_folder import RunFolder
 from dabnn.run_mirror import RunMirror, mirroring
 from dabnn.spec import StageSpec, TrainSpec
-from dabnn.splits import check_order, open_split, order_settings
+from dabnn.splits import check_data, check_order, open_split, order_settings
 from dabnn.tally import Tally, bad_over
 from dabnn.together import in_rounds, wait_together
-from dabnn.train_result import TrainResult
-from dabnn.transfer import load_trained
+from dabnn.train_result import LEAVING, PASSING, TrainResult, is_passing
+from dabnn.transfer import load_teacher
 from dabnn.verdict import Verdict, verdict
 
 _log = logging.getLogger(__name__)
 
-STAGE_TEACHER = "stage:"
 _LEAVE_S = 60.0  # how long all ranks wait for the store when the process of one must end
-LEAVING = "leaving"
 _DIVERGED_ADVICE = "Lower optim.max_lr or raise schedule.warmup_epochs."
 _BITS_ADVICE = "`dab resume` goes on from the last checkpoint; if it happens again, test the memory of that machine."
 
@@ -75,6 +72,7 @@ def train(
     Raises:
         DabError: Not even the result could be written, or not all could be brought to where the run's folder lies.
         LeavingError: `watch` asked for it; a checkpoint was taken, and no result was left.
+        PassingError: On all ranks, where another attempt may well not meet what ended this one; no result was left.
         MemoryLimitError: A step needs more memory than there is.
     """
     with mirroring(folder, is_main=world.is_main, retry_s=spec.checkpoint.retry_s) as (place, mirror):
@@ -86,6 +84,8 @@ def train(
                 loop.close()
         if result.status == LEAVING:
             raise LeavingError(result.message)
+        if result.status == PASSING:
+            raise PassingError(result.message)
         if mirror is not None:  # the result says that everything before it is there
             mirror.settle()
         if world.is_main:
@@ -127,7 +127,7 @@ class _Loop:
         reason = reason or self._together(lambda: self._restore(found))
         if reason:
             epoch, step = (found.epoch, found.step) if found else (0, 0)
-            return TrainResult("failed", reason, epoch, step, {}, "")
+            return TrainResult(self._failure(), reason, epoch, step, {}, "")
         self.learner.connect()
         if self.world.is_main:
             self._write(lambda: self.folder.begin_attempt(self.position.step, self.world.size))
@@ -179,18 +179,18 @@ class _Loop:
         while self.position.epoch < self.spec.epochs:
             error = self._next_stage() if self._is_stage_over else ""
             if error:
-                return self._result("failed", error)
+                return self._result(self._failure(), error)
             self._started, self._seen = time.monotonic(), 0
             decision, reason = self._train_epoch()
             if decision.is_failure:
-                return self._result("failed", self._explain(decision, reason))
+                return self._result(self._failure(), self._explain(decision, reason))
             is_stopping = decision.is_stop
             if is_stopping and self._saved_step != self.position.step:
                 self._save({} if self.position.step_in_epoch else self.metrics)
             if self.position.step_in_epoch == self.train_stream.num_steps and decision is not Verdict.LEAVE:
                 ended, why = self._finish_epoch(is_stopping)
                 if ended.is_failure:
-                    return self._result("failed", why)
+                    return self._result(self._failure(), why)
                 decision, reason = (ended, why) if ended.is_stop else (decision, reason)
             if decision.is_stop and self.position.epoch < self.spec.epochs:
                 return self._result("stopped", reason) if decision is Verdict.STOP else self._leave(reason)
@@ -227,16 +227,9 @@ class _Loop:
 
     def _make_learner(self) -> Learner:
         distill = self.stage.loss.distill
-        return Learner(self.spec, self.stage, self.world, self._teacher(distill.teacher) if distill else None)
-
-    def _teacher(self, source: str) -> Network:
-        if not source.startswith(STAGE_TEACHER):
-            return load_trained(source)
         names = [stage.name for stage in self.spec.parts[: self.position.stage]]
-        name = source.removeprefix(STAGE_TEACHER)
-        if name not in names:
-            raise InvalidInputError(f"train.distill.teacher: {source} is none of the earlier stages ({names}).")
-        return load_trained(stage_end(self.folder, names.index(name) + 1).path)
+        teacher = load_teacher(distill.teacher, self.folder, names) if distill else None
+        return Learner(self.spec, self.stage, self.world, teacher)
 
     def close(self) -> None:
         """End the loader processes."""
@@ -434,12 +427,7 @@ class _Loop:
             self.learner.start_from(load_state(self.spec.init_from), f"train.init_from: {self.spec.init_from}")
 
     def _continue(self, found: Checkpoint, state: dict[str, Any]) -> None:
-        if state["data_digest"] != self.data_digest:
-            raise InvalidInputError(
-                f"data.train: {self.spec.data.train} has other samples than the run began with (digest "
-                f"{self.data_digest[:12]}, the checkpoint has {state['data_digest'][:12]}). Restore the data set, or "
-                "start a new run."
-            )
+        check_data(self.spec, self.data_digest, state["data_digest"])
         if self.position.step_in_epoch:
             check_order(self.spec, state.get("order_settings", {}))
         self.learner.load(state, found.path)
@@ -480,14 +468,19 @@ class _Loop:
         advice = f" {_DIVERGED_ADVICE}" if decision is Verdict.NOT_FINITE else ""
         return f"{reason} ({place}). {details}.{advice}"
 
+    def _failure(self) -> str:
+        """Return how a run ends that cannot go on; every rank must call it."""
+        found = self.world.gather(None if self._error is None else is_passing(self._error))
+        return PASSING if True in found and False not in found else "failed"
+
     def _result(self, status: str, message: str) -> TrainResult:
         try:
             self.writer.wait()
         except DabError as error:
             self._error = error
         decision, reason = self._agree()
-        if status != "failed" and decision is Verdict.RANK_ERROR:
-            status, message = "failed", self._explain(decision, reason)
+        if status not in ("failed", PASSING) and decision is Verdict.RANK_ERROR:
+            status, message = self._failure(), self._explain(decision, reason)
         digest = self.world.share(weights_sha256(self.learner.evaluated()) if self.world.is_main else "")
         position = self.position
         return TrainResult(status, message, position.epoch, position.step, dict(self.metrics), digest)

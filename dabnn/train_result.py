@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+from dabnn.errors import PassingError
+from dabnn.run_store import StoreAwayError
+
+LEAVING, PASSING = "leaving", "passing"  # no result is left: another attempt goes on
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -22,3 +27,8 @@ class TrainResult:
     step: int
     metrics: dict[str, float]
     weights_sha256: str
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether another attempt may well not meet an error."""
+    return isinstance(error, PassingError) or isinstance(error.__cause__, StoreAwayError)

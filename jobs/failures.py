@@ -23,6 +23,7 @@ from dabnn.memory import MemoryLimitError, advice, kernel_kills
 from dabnn.observer import LeavingError
 from dabnn.run_folder import RunFolder
 from dabnn.watch import HangError
+from jobs.nodes import is_draining
 from orchestrator.config import Config
 from orchestrator.failure import Decision, Failure, Kind, Limits, decide
 from orchestrator.story import note, reached, recorded
@@ -96,13 +97,14 @@ class Judge:
             attempt=attempts,
             node=first.node,
             rank=first.rank,
+            is_drained=first.is_drained,
         )
 
     def _causes(self, error: BaseException) -> Iterator[Failure]:
         """Yield what is known of each worker, or of the attempt as a whole."""
         if isinstance(error, PreemptionError):
             ranks = ", ".join(str(rank) for rank in error.preemption_info.preempted_ranks)
-            yield Failure(Kind.PREEMPTED, f"the machine of rank {ranks} was taken away", 0)
+            yield Failure(Kind.PREEMPTED, f"the machine of rank {ranks} was taken away", 0, is_drained=True)
         elif isinstance(error, WorkerGroupError) and error.worker_failures:
             for rank, each in error.worker_failures.items():
                 yield self._cause(rank, each)
@@ -119,7 +121,7 @@ class Judge:
         node = found.group(1) if found else ""
         where = f"rank {rank}" + (f" on {node}" if node else "")
         if isinstance(error, LeavingError):
-            return Failure(Kind.PREEMPTED, "it saved a checkpoint and left", 0, rank=rank)
+            return Failure(Kind.PREEMPTED, "it saved a checkpoint and left", 0, rank=rank, is_drained=is_draining())
         if isinstance(error, MemoryLimitError):
             return Failure(Kind.GPU_OUT_OF_MEMORY if error.is_gpu else Kind.OUT_OF_MEMORY, text, 0, rank=rank)
         if isinstance(error, HangError | WorkerHealthCheckTimeoutError):
@@ -138,7 +140,8 @@ class Judge:
         """Name the loss of a worker's process."""
         text = str(error)
         if error.preempted:
-            return Failure(Kind.PREEMPTED, f"the machine of {where} was taken away", 0, node=node, rank=rank)
+            reason = f"the machine of {where} was taken away"
+            return Failure(Kind.PREEMPTED, reason, 0, node=node, rank=rank, is_drained=True)
         if _NODE.search(text) or (node and node not in _living_nodes()):
             return Failure(Kind.NODE_LOST, f"the machine of {where} is gone", 0, node=node, rank=rank)
         if _MEMORY.search(text):

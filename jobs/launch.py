@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dabnn.errors import DabError
-from dabnn.observer import LeavingError, Observer, Watch
+from dabnn.observer import LeavingError, Observer
 from dabnn.run_folder import RunFolder
 from dabnn.spec import TrainSpec
 from jobs.growth import forget_wish, leave_wish
@@ -78,27 +78,35 @@ def train_here(
     folder: RunFolder,
     cluster: ClusterConfig,
     observer: Observer | None = None,
-    watch: Watch | None = None,
 ) -> None:
-    """Run the loop in this process, on the CPU or the GPU that Ray gave it."""
+    """Run the loop in this process, on the CPU or the GPU that Ray gave it, and look at it from this thread.
+
+    Raises:
+        HangError: It hangs; its thread is left behind, to be ended with the process.
+    """
     import torch
 
     from dabnn.distributed import World
     from dabnn.train import train
+    from dabnn.watch import WorkerWatch, hang_limit_s, watched
 
-    torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
-    world = World.current("cuda" if cluster.gpus_per_worker else "cpu")
-    train(spec, folder, world=world, observer=observer, watch=watch)
+    watch = WorkerWatch(folder, 0, socket.gethostname(), hang_s=hang_limit_s(cluster.hang_s, spec))
+
+    def loop() -> None:
+        torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
+        world = World.current("cuda" if cluster.gpus_per_worker else "cpu")
+        train(spec, folder, world=world, observer=observer, watch=watch)
+
+    watched(loop, watch)
 
 
 def _train_watched(spec: TrainSpec, folder: RunFolder, cluster: ClusterConfig) -> dict[str, Any]:
     """Train in this process, whose main thread this must be, and return the result."""
-    from dabnn.watch import WorkerWatch, hang_limit_s, heed_sigterm, watched
+    from dabnn.watch import heed_sigterm
 
     heed_sigterm()
-    watch = WorkerWatch(folder, 0, socket.gethostname(), hang_s=hang_limit_s(cluster.hang_s, spec))
     try:
-        watched(lambda: train_here(spec, folder, cluster, watch=watch), watch)
+        train_here(spec, folder, cluster)
     except LeavingError:
         return _stopped(folder, "told to end (SIGTERM) and saved a checkpoint; `dab resume` goes on from it")
     return _result(folder)

@@ -42,3 +42,8 @@ def seen(avoid: Collection[str] = ()) -> Seen:
         ),
         addresses={each["NodeID"]: each["NodeManagerAddress"] for each in alive},
     )
+
+
+def is_draining() -> bool:
+    """Whether a node of the cluster is about to be taken away."""
+    return ray.is_initialized() and bool(state.state.get_draining_nodes())

@@ -19,7 +19,7 @@ from dabnn.errors import DabError
 from dabnn.memory import advice, kernel_kills
 from dabnn.run_folder import RunFolder
 from dabnn.watch import STACKS
-from orchestrator.failure import HUNG, Action, Decision, Failure, Kind, Limits, decide
+from orchestrator.failure import HUNG, PASSING, Action, Decision, Failure, Kind, Limits, decide
 from orchestrator.job import VARIABLE
 from orchestrator.story import message, note, reached, recorded
 
@@ -94,6 +94,8 @@ def _lost(folder: RunFolder, code: int, *, is_memory_short: bool) -> Failure:
     attempts, start_step, step = reached(folder)
     if code == HUNG:
         kind, why = Kind.HANG, f"no step was taken; what it was doing is in {folder.place_of(STACKS)}"
+    elif code == PASSING:
+        kind, why = Kind.ERROR, "training was interrupted; its log says by what"
     elif code == -signal.SIGKILL and is_memory_short:
         kind, why = Kind.OUT_OF_MEMORY, "the system ended its driver, because the machine ran out of memory"
     elif code < 0:

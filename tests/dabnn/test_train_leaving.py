@@ -1,7 +1,11 @@
-"""A wish to end that comes while the network is validated, and checkpoints that have a long way."""
+"""How the loop is interrupted: by a wish to end, by what another attempt need not meet; checkpoints on their way."""
 
+import multiprocessing
+import os
+import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +13,16 @@ from training import small_spec
 
 from dabnn import watch as watch_module
 from dabnn.checkpoints import list_checkpoints
+from dabnn.data import loaders
 from dabnn.distributed import World
+from dabnn.errors import DabError, PassingError
 from dabnn.observer import LeavingError, Wish
 from dabnn.run_folder import RunFolder
+from dabnn.run_store import StoreAwayError, StoreError
 from dabnn.spec import CheckpointPolicy
 from dabnn.together import in_rounds, wait_together
 from dabnn.train import train
+from dabnn.train_result import is_passing
 from dabnn.watch import HangError, WorkerWatch
 
 STEPS = 15  # of an epoch
@@ -80,8 +88,8 @@ def test_who_is_told_to_end_has_until_some_time_after_the_last_sign_of_life(
         watch.alive(step)
         watch.check()
         time.sleep(0.05)
+    time.sleep(0.3)
     with pytest.raises(HangError, match="told to end"):
-        time.sleep(0.3)
         watch.check()
 
 
@@ -110,3 +118,40 @@ def test_a_rank_with_fewer_batches_takes_part_in_every_round() -> None:
             return [value + 2 for value in values]
 
     assert list(in_rounds([1, 2], 2, Larger.current())) == [1, 2, None, None]
+
+
+class KillsLoaders:
+    """Kills the loader processes once they have taken over."""
+
+    def __init__(self) -> None:
+        self.others, self.has_killed = set(multiprocessing.active_children()), False
+
+    def wish(self) -> Wish:
+        return Wish.GO_ON
+
+    def alive(self, step: int) -> None:
+        found = set(multiprocessing.active_children()) - self.others
+        if found and step > 4 and not self.has_killed:
+            self.has_killed = True
+            for process in found:
+                os.kill(process.pid or 0, signal.SIGKILL)
+
+
+def test_a_loader_that_is_killed_is_no_result_and_the_next_attempt_goes_on(digits: Path, tmp_path: Path) -> None:
+    loaders.start_server(()).result()
+    spec = small_spec(digits, checkpoint=CheckpointPolicy(every_steps=2))
+    spec = replace(spec, data=replace(spec.data, num_loaders=1))
+    whole = train(spec, RunFolder(tmp_path / "whole"), world=World.current())
+    folder = RunFolder(tmp_path / "killed")
+    with pytest.raises(PassingError, match=r"rank 0: data\.num_loaders: a loader process was killed"):
+        train(spec, folder, world=World.current(), watch=KillsLoaders())
+    assert folder.result() == {}
+    again = train(spec, folder, world=World.current())
+    assert folder.attempts()[-1]["start_step"] > 0
+    assert (again.status, again.weights_sha256) == ("finished", whole.weights_sha256)
+
+
+def test_a_store_that_is_away_may_be_back_for_the_next_attempt_and_one_that_refuses_may_not() -> None:
+    away = StoreError("storage: does not answer")
+    away.__cause__ = StoreAwayError("timeout")
+    assert [is_passing(error) for error in (away, StoreError("refuses"), DabError("no"))] == [True, False, False]

@@ -12,7 +12,9 @@ def lost(step: int = 100, kind: Kind = Kind.WORKER_LOST, **values: object) -> Fa
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in Kind if kind.is_counted and kind is not Kind.GPU_OUT_OF_MEMORY], ids=lambda kind: kind.name
+    "kind",
+    [kind for kind in Kind if kind.is_counted and kind is not Kind.GPU_OUT_OF_MEMORY],
+    ids=lambda kind: kind.name,
 )
 def test_the_first_failure_of_any_kind_is_tried_again_at_once_and_counted(kind: Kind) -> None:
     decision = decide(lost(kind=kind), [], LIMITS)
@@ -32,6 +34,17 @@ def test_a_place_that_is_taken_away_never_counts() -> None:
     history = [lost(step, Kind.PREEMPTED) for step in range(100, 2000, 100)]
     assert decide(lost(2000, Kind.PREEMPTED), history, Limits(max_failures=0)).action is Action.RETRY
     assert decide(lost(2000), history, LIMITS).reason == "restart 1 of 3"
+
+
+def test_who_is_told_to_end_again_and_again_without_a_step_is_given_up_unless_machines_are_taken_away() -> None:
+    told, drained = lost(100, Kind.PREEMPTED), lost(100, Kind.PREEMPTED, is_drained=True)
+    limits = Limits(max_failures=2)
+    decisions = [decide(told, [told] * number, limits) for number in range(4)]
+    assert [decision.action for decision in decisions] == [Action.RETRY] * 3 + [Action.GIVE_UP]
+    assert [decision.wait_s for decision in decisions[:3]] == [0, 1, 2]
+    assert decisions[3].reason == "2 restarts are used up (cluster.max_failures)"
+    assert decide(drained, [drained] * 9, limits).action is Action.RETRY
+    assert decide(lost(101, Kind.PREEMPTED), [told] * 3, limits).action is Action.RETRY
 
 
 def test_a_run_that_lost_the_race_for_its_places_waits_and_is_never_given_up() -> None:
