@@ -40,7 +40,6 @@ class Action(StrEnum):
     """What is done about it."""
 
     RETRY = "retry"
-    RESIZE = "resize"
     GIVE_UP = "give up"
     STOP = "stop"
 
@@ -90,15 +89,11 @@ class Limits:
 
     Attributes:
         max_failures: Restarts before it counts as failed; waits for a place are not counted.
-        num_workers: Workers that it wants.
-        min_workers: Fewest it goes on with; None for `num_workers`.
         is_stopping: Whether somebody asked for its end.
         advice: What to do about too little memory, in words.
     """
 
     max_failures: int
-    num_workers: int = 1
-    min_workers: int | None = None
     is_stopping: bool = False
     advice: str = ""
 
@@ -141,12 +136,7 @@ def decide(failure: Failure, history: Sequence[Failure], limits: Limits) -> Deci
     num_used = sum(_is_counted(before, history[:number]) for number, before in enumerate(history))
     if num_used >= limits.max_failures:
         return Decision(Action.GIVE_UP, _used_up(limits.max_failures))
-    budget = f"restart {num_used + 1} of {limits.max_failures}"
-    if failure.kind is Kind.NODE_LOST and limits.min_workers is not None and limits.min_workers < limits.num_workers:
-        return Decision(
-            Action.RESIZE, f"{budget}, with the workers that find room, at least {limits.min_workers}", wait_s
-        )
-    return Decision(Action.RETRY, budget, wait_s)
+    return Decision(Action.RETRY, f"restart {num_used + 1} of {limits.max_failures}", wait_s)
 
 
 def _is_counted(failure: Failure, history: Sequence[Failure]) -> bool:

@@ -189,7 +189,7 @@ def stop(
     is_trial = current.kind == "trial" and not is_job_of(record.tags.get("dab.job_id", ""), record.run_id)
     if is_trial and now:
         raise InvalidInputError(f"--now: {current.name} shares the job of its sweep. Leave it out, or stop the sweep.")
-    _refuse_second_stop(current, now=now)
+    _refuse_second_stop(current, now=now, is_trial=is_trial)
     if is_trial or (not now and current.status == "running"):
         for folder in _stoppable(current):
             folder.request_stop()
@@ -201,21 +201,22 @@ def stop(
     if job_id is not None and target.jobs_url:
         stop_job(target, job_id, on_wait)
     last = status(uri, current.run_id)
-    if last.status == "finished":  # it came to its end in the meantime
+    if last.status in ENDED and RunFolder.of(current.folder).result():  # it came to an end of its own in the meantime
         return last
     _record_late(uri, current.run_id, RunFolder.of(current.folder), "stopped", "stopped without a last checkpoint")
     return status(uri, current.run_id)
 
 
-def _refuse_second_stop(current: RunStatus, *, now: bool) -> None:
+def _refuse_second_stop(current: RunStatus, *, now: bool, is_trial: bool) -> None:
     """Note that a stop is asked for, and refuse one that was asked for before."""
     folder = RunFolder.of(current.folder)
     asked = folder.load_json(folder.control_file.name)
     if asked and not now:
         since_s = time.time() - float(asked.get("time", 0))
+        at_once = "" if is_trial else f" `dab stop {current.run_id[:8]} --now` ends it without one."
         raise InvalidInputError(
             f"{current.name}: is being stopped already, since {since_s:.0f} s; it ends when its last checkpoint is "
-            f"written. `dab stop {current.run_id[:8]} --now` ends it without one."
+            f"written.{at_once}"
         )
     what = "it was ended at once" if now else "a stop was asked for"
     folder.append_event({"what": what, "step": current.step, "attempt": current.attempts})

@@ -103,6 +103,29 @@ def test_a_loop_that_knows_that_it_is_to_end_may_take_its_time_for_the_checkpoin
     watch.check()
 
 
+class Hanging(RunFolder):
+    """A run whose storage does not answer, or not with what was asked."""
+
+    def leave(self, name: str, text: str) -> None:
+        if self.root.name == "broken":
+            raise OSError(5, "Input/output error")
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("name", ["broken", "hanging"])
+def test_a_hang_is_told_although_the_storage_is_what_hangs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watch_module, "_STORAGE_S", 0.2)
+    monkeypatch.setattr(watch_module, "_OTHERS_S", 0.0)
+    watch = WorkerWatch(Hanging(tmp_path / name), 0, "here", hang_s=0.05)
+    watch.alive(3)
+    time.sleep(0.1)
+    with pytest.raises(HangError, match="What it was doing is in the log of its process"):
+        watch.check()
+    assert "test_train_leaving.py" in capfd.readouterr().err
+
+
 def test_ranks_that_wait_together_show_signs_of_life_and_end_after_their_time() -> None:
     signs, gate = [], threading.Event()
     wait_together(lambda: gate.wait(60), World.current(), lambda: signs.append(1), limit_s=0.6)

@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.failure import Action, Failure, Kind, Limits, decide
 
-LIMITS = Limits(max_failures=3, num_workers=4)
+LIMITS = Limits(max_failures=3)
 
 
 def lost(step: int = 100, kind: Kind = Kind.WORKER_LOST, **values: object) -> Failure:
@@ -58,15 +58,6 @@ def test_a_run_that_lost_the_race_for_its_places_waits_and_is_never_given_up() -
 def test_nothing_is_started_again_when_a_stop_was_asked_for() -> None:
     stopping = Limits(max_failures=3, is_stopping=True)
     assert {decide(lost(kind=kind), [], stopping).action for kind in Kind} == {Action.STOP}
-
-
-def test_a_lost_machine_lets_an_elastic_run_go_on_with_fewer_workers() -> None:
-    elastic = Limits(max_failures=3, num_workers=4, min_workers=2)
-    decision = decide(lost(kind=Kind.NODE_LOST), [], elastic)
-    assert decision.action is Action.RESIZE
-    assert decision.reason == "restart 1 of 3, with the workers that find room, at least 2"
-    assert decide(lost(kind=Kind.WORKER_LOST), [], elastic).action is Action.RETRY
-    assert decide(lost(kind=Kind.NODE_LOST), [], LIMITS).action is Action.RETRY
 
 
 def test_the_same_error_twice_without_a_step_between_is_given_up() -> None:
