@@ -143,9 +143,8 @@ class Judge:
             return Failure(Kind.NOT_STARTED, "their places were taken in the meantime (cluster.start_timeout_s)", 0)
         if isinstance(error, WorkerGroupStartupFailedError | RayActorError):
             if gone := dead_nodes(self._places):
-                return Failure(
-                    Kind.NODE_LOST, f"the machine {gone[0]} of a worker that started is gone", 0, node=gone[0]
-                )
+                why = f"the machine {gone[0]} is gone, on which a worker started"
+                return Failure(Kind.NODE_LOST, why, 0, node=gone[0])
             return Failure(Kind.WORKER_LOST, "a worker ended while it started", 0)
         text = f"{type(error).__name__}: {first_line(error)}"
         if _CONNECTION.search(str(error)):
