@@ -18,6 +18,10 @@ class DabError(Exception):
         self.details = dict(details or {})
 
 
+class PassingError(DabError):
+    """Something that another attempt may well not meet: a helper process was killed, a store did not answer."""
+
+
 class InvalidInputError(DabError, ValueError):
     """The user asked for something that cannot be: an unknown key, a range outside the model, a missing file.
 

@@ -44,6 +44,12 @@ class Totals:
         self.top5 += float(hits.sum())
         self.num_samples += len(labels)
 
+    def plus(self, other: "Totals") -> "Totals":
+        """Return the sums over the samples of both."""
+        return Totals(
+            self.loss + other.loss, self.top1 + other.top1, self.top5 + other.top5, self.num_samples + other.num_samples
+        )
+
     def over(self, world: World) -> "Totals":
         """Return the sums over all ranks; every rank must call it."""
         return Totals(*world.total([self.loss, self.top1, self.top5, self.num_samples]))

@@ -1,10 +1,14 @@
 """Where a run stands, and what `progress.json` says of it."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from dabnn.run_folder import RunFolder
 from dabnn.spec import TrainSpec
+
+INTERVAL_S = 1.0
 
 
 @dataclass
@@ -43,3 +47,29 @@ def progress_of(
         "eta_s": steps_left * num_samples / num_steps / images_per_s if images_per_s else None,
         "time": time.time(),
     }
+
+
+class ProgressWriter:
+    """Writes `progress.json` of a run.
+
+    Args:
+        spec: The run.
+        folder: Its folder.
+    """
+
+    def __init__(self, spec: TrainSpec, folder: RunFolder) -> None:
+        self._spec, self._folder, self._written_at = spec, folder, 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it was not written in the last second."""
+        return time.monotonic() - self._written_at >= INTERVAL_S
+
+    def write(self, position: Position, num_steps: int, num_samples: int, loss: float, images_per_s: float) -> None:
+        """Replace it; see `progress_of`. A full disk is told by what matters: metrics and checkpoints."""
+        self._written_at = time.monotonic()
+        progress = progress_of(
+            self._spec, position, num_steps=num_steps, num_samples=num_samples, loss=loss, images_per_s=images_per_s
+        )
+        with contextlib.suppress(OSError):
+            self._folder.write_progress(progress)

@@ -75,6 +75,24 @@ def order_settings(spec: TrainSpec) -> dict[str, Any]:
     return dict(zip(_ORDER_KEYS, values, strict=True))
 
 
+def check_data(spec: TrainSpec, digest: str, saved: str) -> None:
+    """Refuse to go on with other samples than the run began with.
+
+    Args:
+        spec: The run.
+        digest: Of its data set now.
+        saved: Of the one that it began with.
+
+    Raises:
+        InvalidInputError: They differ.
+    """
+    if digest != saved:
+        raise InvalidInputError(
+            f"data.train: {spec.data.train} has other samples than the run began with (digest {digest[:12]}, the "
+            f"checkpoint has {saved[:12]}). Restore the data set, or start a new run."
+        )
+
+
 def check_order(spec: TrainSpec, saved: Mapping[str, Any]) -> None:
     """Refuse to go on in mid-epoch with steps that hold other samples than those before.
 

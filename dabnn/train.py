@@ -18,59 +18,38 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dabnn.agreement import is_agreed
-from dabnn.checkpoints import Checkpoint, CheckpointWriter, Moment, load_state, restore_point, stage_end, weights_sha256
+from dabnn.checkpoints import Checkpoint, CheckpointWriter, Moment, load_state, restore_point, weights_sha256
 from dabnn.data import Batch, Stream, load_manifest
 from dabnn.data.bad_samples import BadSamples
 from dabnn.diagnose import Place, not_finite_parameter
 from dabnn.distributed import World, deterministic, seed_step
-from dabnn.errors import DabError, InvalidInputError
+from dabnn.errors import DabError, InvalidInputError, PassingError
 from dabnn.evaluate import Totals, count
 from dabnn.learner import Learner, checkpoint_bytes
 from dabnn.memory import telling_of_memory
-from dabnn.models import Network
 from dabnn.observer import LeavingError, Observer, Silent, Unwatched, Watch, Wish
-from dabnn.progress import Position, progress_of
+from dabnn.progress import Position, ProgressWriter
 from dabnn.run_folder import RunFolder
 from dabnn.run_mirror import RunMirror, mirroring
 from dabnn.spec import StageSpec, TrainSpec
-from dabnn.splits import check_order, open_split, order_settings
+from dabnn.splits import check_data, check_order, open_split, order_settings
 from dabnn.tally import Tally, bad_over
-from dabnn.transfer import load_trained
+from dabnn.together import in_rounds, wait_together
+from dabnn.train_result import LEAVING, PASSING, TrainResult, is_passing
+from dabnn.transfer import load_teacher
 from dabnn.verdict import Verdict, verdict
 
 _log = logging.getLogger(__name__)
 
-PROGRESS_INTERVAL_S = 1.0
-STAGE_TEACHER = "stage:"
-LEAVING = "leaving"
+_LEAVE_S = 60.0  # how long all ranks wait for the store when the process of one must end
 _DIVERGED_ADVICE = "Lower optim.max_lr or raise schedule.warmup_epochs."
 _BITS_ADVICE = "`dab resume` goes on from the last checkpoint; if it happens again, test the memory of that machine."
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a call of `train` ended.
-
-    Attributes:
-        status: "finished", "stopped" or "failed".
-        message: Why it stopped or failed; empty when finished.
-        epoch: Finished epochs.
-        step: Optimizer steps taken.
-        metrics: Metrics of the last finished epoch.
-        weights_sha256: Checksum over rank 0's parameters and buffers, as they are evaluated and exported.
-    """
-
-    status: str
-    message: str
-    epoch: int
-    step: int
-    metrics: dict[str, float]
-    weights_sha256: str
 
 
 def train(
@@ -93,6 +72,7 @@ def train(
     Raises:
         DabError: Not even the result could be written, or not all could be brought to where the run's folder lies.
         LeavingError: `watch` asked for it; a checkpoint was taken, and no result was left.
+        PassingError: On all ranks, where another attempt may well not meet what ended this one; no result was left.
         MemoryLimitError: A step needs more memory than there is.
     """
     with mirroring(folder, is_main=world.is_main, retry_s=spec.checkpoint.retry_s) as (place, mirror):
@@ -102,10 +82,12 @@ def train(
                 result = loop.prepare() or loop.run()
             finally:
                 loop.close()
-        if mirror is not None:  # the result says that everything before it is there
-            mirror.settle()
         if result.status == LEAVING:
             raise LeavingError(result.message)
+        if result.status == PASSING:
+            raise PassingError(result.message)
+        if mirror is not None:  # the result says that everything before it is there
+            mirror.settle()
         if world.is_main:
             try:
                 place.write_result(asdict(result))
@@ -131,7 +113,8 @@ class _Loop:
         self.streams: list[Stream] = []
         self.writer = CheckpointWriter(folder.checkpoints, spec.checkpoint)
         self.position, self.tally, self.metrics = Position(), Tally(), dict[str, float]()
-        self._started, self._seen, self._progress_time = 0.0, 0, 0.0
+        self._started, self._seen = 0.0, 0
+        self.progress = ProgressWriter(spec, folder)
         self._error: DabError | None = None
         self._last_loss, self._saved_step, self._is_save_wished = 0.0, -1, False
         self._tried: tuple[Batch, Place] | None = None  # the last step
@@ -144,7 +127,7 @@ class _Loop:
         reason = reason or self._together(lambda: self._restore(found))
         if reason:
             epoch, step = (found.epoch, found.step) if found else (0, 0)
-            return TrainResult("failed", reason, epoch, step, {}, "")
+            return TrainResult(self._failure(), reason, epoch, step, {}, "")
         self.learner.connect()
         if self.world.is_main:
             self._write(lambda: self.folder.begin_attempt(self.position.step, self.world.size))
@@ -152,7 +135,7 @@ class _Loop:
 
     def _begin_mirror(self) -> None:
         if self.mirror is not None:
-            self.mirror.on_wait = lambda: self.watch.alive(self.position.step)
+            self.mirror.on_wait = self._live
             self.mirror.begin(checkpoint_bytes(self.spec))
 
     def _settle(self) -> None:
@@ -196,21 +179,32 @@ class _Loop:
         while self.position.epoch < self.spec.epochs:
             error = self._next_stage() if self._is_stage_over else ""
             if error:
-                return self._result("failed", error)
+                return self._result(self._failure(), error)
             self._started, self._seen = time.monotonic(), 0
             decision, reason = self._train_epoch()
             if decision.is_failure:
-                return self._result("failed", self._explain(decision, reason))
-            is_stopping = decision in (Verdict.STOP, Verdict.LEAVE)
-            if self.position.step_in_epoch == self.train_stream.num_steps and decision is not Verdict.LEAVE:
-                error = self._finish_epoch(is_stopping)
-                if error:
-                    return self._result("failed", error)
-            elif is_stopping and self._saved_step != self.position.step:
+                return self._result(self._failure(), self._explain(decision, reason))
+            is_stopping = decision.is_stop
+            if is_stopping and self._saved_step != self.position.step:
                 self._save({} if self.position.step_in_epoch else self.metrics)
-            if is_stopping and self.position.epoch < self.spec.epochs:
-                return self._result("stopped" if decision is Verdict.STOP else LEAVING, reason)
+            if self.position.step_in_epoch == self.train_stream.num_steps and decision is not Verdict.LEAVE:
+                ended, why = self._finish_epoch(is_stopping)
+                if ended.is_failure:
+                    return self._result(self._failure(), why)
+                decision, reason = (ended, why) if ended.is_stop else (decision, reason)
+            if decision.is_stop and self.position.epoch < self.spec.epochs:
+                return self._result("stopped", reason) if decision is Verdict.STOP else self._leave(reason)
         return self._result("finished", "")
+
+    def _leave(self, reason: str) -> TrainResult:
+        """Have all ranks end together, once rank 0 has sent the checkpoint: the end of one is the end of all."""
+        result = self._result(LEAVING, reason)
+        with contextlib.suppress(DabError):  # the next attempt goes on from what is there
+            wait_together(self._settle, self.world, self._live, _LEAVE_S)
+        return result
+
+    def _live(self) -> None:
+        self.watch.alive(self.position.step)
 
     def _next_stage(self) -> str:
         """Begin the stage after the one that is over, with its weights; return why that cannot be, or nothing."""
@@ -223,7 +217,8 @@ class _Loop:
             self.learner.start_from(state, f"stage {self.stage.name}")
 
         # A teacher may be the checkpoint that is being written.
-        reason = self._together(self._settle) or self._together(begin)
+        settled = self._together(lambda: wait_together(self._settle, self.world, self._live))
+        reason = settled or self._together(begin)
         if not reason:
             self.learner.connect()
             if self.world.is_main:
@@ -232,16 +227,9 @@ class _Loop:
 
     def _make_learner(self) -> Learner:
         distill = self.stage.loss.distill
-        return Learner(self.spec, self.stage, self.world, self._teacher(distill.teacher) if distill else None)
-
-    def _teacher(self, source: str) -> Network:
-        if not source.startswith(STAGE_TEACHER):
-            return load_trained(source)
         names = [stage.name for stage in self.spec.parts[: self.position.stage]]
-        name = source.removeprefix(STAGE_TEACHER)
-        if name not in names:
-            raise InvalidInputError(f"train.distill.teacher: {source} is none of the earlier stages ({names}).")
-        return load_trained(stage_end(self.folder, names.index(name) + 1).path)
+        teacher = load_teacher(distill.teacher, self.folder, names) if distill else None
+        return Learner(self.spec, self.stage, self.world, teacher)
 
     def close(self) -> None:
         """End the loader processes."""
@@ -304,18 +292,26 @@ class _Loop:
         position.step += 1
         self.watch.alive(position.step)
 
-    def _finish_epoch(self, is_stopping: bool) -> str:
-        """Validate, record and save; return why the run cannot go on, or nothing."""
+    def _finish_epoch(self, is_stopping: bool) -> tuple[Verdict, str]:
+        """Validate, record and save; return whether the run goes on, and why not.
+
+        A wish to end that comes meanwhile ends it at once, with a checkpoint of the epoch's end; `is_stopping` says
+        that a stop was heard before.
+        """
         duration_s = time.monotonic() - self._started
+        metrics, (decision, reason) = self._validate(heeds_stop=not is_stopping)
+        if decision.is_stop:
+            if self._saved_step != self.position.step:
+                self._save({})
+            return decision, reason
         tally, self.tally = self.tally.over(self.world), Tally()
         if self.world.is_main:  # one rank tells what all of them have
             self._check_bad(tally.bad, self.train_stream)
-        metrics = tally.metrics(tolerates_bad=self.spec.data.max_bad_fraction > 0)
+        metrics = tally.metrics(tolerates_bad=self.spec.data.max_bad_fraction > 0) | metrics
         layers = self._measure()
-        metrics |= self._validate()
         decision, reason = self._agree()
         if decision.is_failure:
-            return self._explain(decision, reason)
+            return decision, self._explain(decision, reason)
         self.position.epoch += 1
         self.position.step_in_epoch = 0
         metrics["learning_rate"] = self.learner.optimizer.param_groups[0]["lr"]
@@ -326,12 +322,12 @@ class _Loop:
         self.metrics = metrics = metrics | layers
         if self.world.is_main:  # before the checkpoint: a run resumed from that would not write this line again
             self._write(lambda: self.folder.append_metrics(self.position.epoch, metrics))
-            self._write_progress(metrics["images_per_s"])
+            self._report_progress(metrics["images_per_s"])
         is_due = self.position.epoch % self.spec.checkpoint.every_epochs == 0
         if self._is_stage_over or is_stopping or is_due or self._is_save_wished:
             self._save(metrics)
         self.observer.epoch_finished(self.position.epoch, metrics)
-        return ""
+        return Verdict.CONTINUE, ""
 
     def _measure(self) -> dict[str, float]:
         """Return the epoch's instruments, and have the bits after its last update compared."""
@@ -343,27 +339,38 @@ class _Loop:
             return {}
         return layers
 
-    def _validate(self) -> dict[str, float]:
-        totals = Totals()
+    def _validate(self, *, heeds_stop: bool) -> tuple[dict[str, float], tuple[Verdict, str]]:
+        """Return the metrics of the validation, and whether it came to its end."""
+        totals, decision = Totals(), (Verdict.CONTINUE, "")
         with self.learner.evaluating() as net:
             # Another epoch each time, although the order is the same: so the loaders' read-ahead is used.
-            batches = self.val_stream.epoch(self.position.epoch)
-            try:
-                totals = count(net, self._watched(batches), self.world.device)
-            except DabError as error:  # not raised here: the other ranks would wait for this one in the next all-reduce
-                self._error = error
+            batches = iter(partial(self._fetch, self.val_stream.epoch(self.position.epoch)), None)
+            for batch in in_rounds(batches, self.val_stream.num_steps, self.world):
+                decision = self._ask(heeds_stop=heeds_stop)
+                if decision[0] is not Verdict.CONTINUE:
+                    break
+                self.watch.alive(self.position.step)
+                try:
+                    totals = totals.plus(count(net, [batch] if batch else [], self.world.device))
+                except DabError as error:  # not raised here: the other ranks would wait for this one
+                    self._error = error
+        if decision[0].is_stop:
+            return {}, decision
         metrics = totals.over(self.world).metrics("val_")
         if self.spec.data.max_bad_fraction > 0:
             bad = bad_over(self.val_stream.bad, self.world)
             if self.world.is_main:
                 self._check_bad(bad, self.val_stream)
             metrics["val_bad_samples"] = float(bad.num)
-        return metrics
+        return metrics, decision
 
-    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            self.watch.alive(self.position.step)
-            yield batch
+    def _ask(self, *, heeds_stop: bool) -> tuple[Verdict, str]:
+        """Agree between two batches of a validation, in which no weights change."""
+        stop = heeds_stop and self.world.is_main and self.folder.is_stop_requested()
+        flags = [int(stop), int(self._error is not None), int(self.watch.wish())]
+        stops, errors, wish = self.world.largest(flags)
+        self._is_save_wished |= wish == Wish.SAVE
+        return verdict(stops, errors, 0, leave=int(wish == Wish.LEAVE))
 
     def _check_bad(self, bad: BadSamples, stream: Stream) -> None:
         try:
@@ -420,12 +427,7 @@ class _Loop:
             self.learner.start_from(load_state(self.spec.init_from), f"train.init_from: {self.spec.init_from}")
 
     def _continue(self, found: Checkpoint, state: dict[str, Any]) -> None:
-        if state["data_digest"] != self.data_digest:
-            raise InvalidInputError(
-                f"data.train: {self.spec.data.train} has other samples than the run began with (digest "
-                f"{self.data_digest[:12]}, the checkpoint has {state['data_digest'][:12]}). Restore the data set, or "
-                "start a new run."
-            )
+        check_data(self.spec, self.data_digest, state["data_digest"])
         if self.position.step_in_epoch:
             check_order(self.spec, state.get("order_settings", {}))
         self.learner.load(state, found.path)
@@ -436,24 +438,13 @@ class _Loop:
             self.tally = Tally.from_state(state)
         _log.info("resumed from %s (epoch %d, step %d)", found.path, self.position.epoch, self.position.step)
 
-    def _report_progress(self) -> None:
-        now = time.monotonic()
-        if self.world.is_main and self._seen and now - self._progress_time >= PROGRESS_INTERVAL_S:
-            self._progress_time = now
-            self._write_progress(self._seen / (now - self._started))
-
-    def _write_progress(self, images_per_s: float) -> None:
+    def _report_progress(self, images_per_s: float | None = None) -> None:
+        """Tell where the run stands; without a rate, that of the epoch so far, and not in every step."""
+        if not self.world.is_main or (images_per_s is None and not self.progress.is_due):
+            return
+        rate = self._seen / (time.monotonic() - self._started) if images_per_s is None else images_per_s
         stream = self.train_stream
-        progress = progress_of(
-            self.spec,
-            self.position,
-            num_steps=stream.num_steps,
-            num_samples=stream.num_samples,
-            loss=self._last_loss,
-            images_per_s=images_per_s,
-        )
-        with contextlib.suppress(OSError):  # a full disk is told by what matters: metrics and checkpoints
-            self.folder.write_progress(progress)
+        self.progress.write(self.position, stream.num_steps, stream.num_samples, self._last_loss, rate)
 
     def _write(self, call: Callable[[], object]) -> None:
         """Write to the run's folder; a failure ends all ranks together at the next step."""
@@ -477,14 +468,19 @@ class _Loop:
         advice = f" {_DIVERGED_ADVICE}" if decision is Verdict.NOT_FINITE else ""
         return f"{reason} ({place}). {details}.{advice}"
 
+    def _failure(self) -> str:
+        """Return how a run ends that cannot go on; every rank must call it."""
+        found = self.world.gather(None if self._error is None else is_passing(self._error))
+        return PASSING if True in found and False not in found else "failed"
+
     def _result(self, status: str, message: str) -> TrainResult:
         try:
             self.writer.wait()
         except DabError as error:
             self._error = error
         decision, reason = self._agree()
-        if status != "failed" and decision is Verdict.RANK_ERROR:
-            status, message = "failed", self._explain(decision, reason)
+        if status not in ("failed", PASSING) and decision is Verdict.RANK_ERROR:
+            status, message = self._failure(), self._explain(decision, reason)
         digest = self.world.share(weights_sha256(self.learner.evaluated()) if self.world.is_main else "")
         position = self.position
         return TrainResult(status, message, position.epoch, position.step, dict(self.metrics), digest)

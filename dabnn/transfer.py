@@ -4,7 +4,7 @@ Networks of one architecture that differ in what is binary have the same tensors
 themselves. `transfer` takes over everything else and refuses any other difference by the tensor's name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dabnn.checkpoints import load_state
+from dabnn.checkpoints import load_state, stage_end
 from dabnn.errors import InvalidInputError
 from dabnn.layers import EXTRA_STATE, BinaryConv2d
 from dabnn.models import ModelSpec, Network, build
 from dabnn.plans import numbered_convs
+from dabnn.run_folder import RunFolder
+
+_STAGE = "stage:"
 
 
 def load_trained(checkpoint: str | Path) -> Network:
@@ -29,6 +32,25 @@ def load_trained(checkpoint: str | Path) -> Network:
     net = build(**state["model"], seed=0)
     net.load_state_dict(state["net"])
     return net.eval()
+
+
+def load_teacher(source: str, folder: RunFolder, stages: Sequence[str]) -> Network:
+    """Return the network that a stage learns from.
+
+    Args:
+        source: A checkpoint, or `stage:NAME`.
+        folder: The run's folder.
+        stages: Names of the stages that are over.
+
+    Raises:
+        InvalidInputError: There is no such checkpoint or stage.
+    """
+    if not source.startswith(_STAGE):
+        return load_trained(source)
+    name = source.removeprefix(_STAGE)
+    if name not in stages:
+        raise InvalidInputError(f"train.distill.teacher: {source} is none of the earlier stages ({list(stages)}).")
+    return load_trained(stage_end(folder, stages.index(name) + 1).path)
 
 
 def transfer(state: Mapping[str, Any], net: Network, source: str) -> None:

@@ -18,6 +18,11 @@ class Verdict(Enum):
         """Whether the run ends failed."""
         return self in (Verdict.RANK_ERROR, Verdict.NOT_FINITE, Verdict.BITS_DIFFER)
 
+    @property
+    def is_stop(self) -> bool:
+        """Whether it ends for now, and goes on later."""
+        return self in (Verdict.STOP, Verdict.LEAVE)
+
 
 def verdict(
     stop: int, rank_error: int, not_finite: int, *, leave: int = 0, has_equal_bits: bool = True

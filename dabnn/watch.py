@@ -9,6 +9,7 @@ reading a variable. Leaves out where a notice comes from, and what is done about
 import faulthandler
 import logging
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -27,6 +28,7 @@ _START_S = 300.0  # how long an attempt may take to its first step, when hang_s 
 _OTHERS_S = 3.0  # between saving the own stacks and failing, so that the other ranks save theirs
 _MARGIN_S = 10.0  # before a node is taken away; a checkpoint and the end of a step fit in
 _TERM_GRACE_S = 30.0
+_STORAGE_S = 5.0  # how long a storage that may be what hangs has for the stacks
 
 _told_to_end = threading.Event()
 _log = logging.getLogger(__name__)
@@ -124,26 +126,45 @@ class WorkerWatch:
         limit = max(self._hang_s, _START_S) if self._is_first else self._hang_s
         silent_s = now - self._heard
         if silent_s > limit:
-            place = self.save_stacks()
+            place = self.tell_stacks()
             time.sleep(_OTHERS_S)
             where = "before its first step" if self._is_first else f"after step {self._step}"
             raise HangError(
                 f"cluster.hang_s: rank {self._rank} on {self._node} took no step for {silent_s:.0f} s {where}, more "
                 f"than {limit:.0f} s. What it was doing is in {place}."
             )
-        if _told_to_end.is_set():
-            self._term_at = self._term_at or now
-        if self._term_at is not None and now - self._term_at > _TERM_GRACE_S:
-            raise HangError(f"rank {self._rank} was told to end and reached no checkpoint in {_TERM_GRACE_S:.0f} s")
+        if not _told_to_end.is_set() or self._is_leaving:  # the loop knows; its checkpoint may have a long way
+            return
+        self._term_at = self._term_at or now
+        if now - max(self._term_at, self._heard) > _TERM_GRACE_S:
+            raise HangError(f"rank {self._rank} was told to end and took no step in {_TERM_GRACE_S:.0f} s")
 
-    def save_stacks(self) -> str:
-        """Leave the stacks of all threads of this process with the run; return where."""
-        name = f"{STACKS}/attempt-{len(self._folder.attempts())}-rank-{self._rank}.txt"
+    def tell_stacks(self) -> str:
+        """Leave the stacks of all threads of this process with the run, else in its log; return where.
+
+        What hangs may be the storage of the run, so nobody waits for that long.
+        """
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
-            self._folder.leave(name, file.read())
-        return self._folder.place_of(name)
+            stacks = file.read()
+        left: list[str] = []
+        thread = threading.Thread(target=self._leave_stacks, args=(stacks, left), name="stacks", daemon=True)
+        thread.start()
+        thread.join(_STORAGE_S)
+        if left:
+            return left[0]
+        sys.stderr.write(stacks)
+        sys.stderr.flush()
+        return "the log of its process"
+
+    def _leave_stacks(self, stacks: str, left: list[str]) -> None:
+        try:
+            name = f"{STACKS}/attempt-{len(self._folder.attempts())}-rank-{self._rank}.txt"
+            self._folder.leave(name, stacks)
+            left.append(self._folder.place_of(name))
+        except (OSError, DabError) as error:
+            _log.warning("%s: %s cannot be written (%s)", self._folder.location, STACKS, error)
 
     def _note(self, what: str, why: str, action: str) -> None:
         event = {"what": what, "why": why, "action": action, "step": self._step, "rank": self._rank}

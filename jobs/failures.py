@@ -5,7 +5,7 @@ Leaves out how an attempt is started again: see `jobs.launch`.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -23,6 +23,7 @@ from dabnn.memory import MemoryLimitError, advice, kernel_kills
 from dabnn.observer import LeavingError
 from dabnn.run_folder import RunFolder
 from dabnn.watch import HangError
+from jobs.nodes import dead_nodes, is_draining
 from orchestrator.config import Config
 from orchestrator.failure import Decision, Failure, Kind, Limits, decide
 from orchestrator.story import note, reached, recorded
@@ -43,16 +44,19 @@ class SilentError(DabError):
 
 
 class Judge:
-    """Decides about the failures of one run, and tells.
+    """Decides about the failure of one attempt, at whose start it is made, and tells.
 
     Args:
         folder: The run's folder.
         config: The run.
         tell: Told what is done, for the job's log.
+        places: Ids of the nodes of the workers.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, tell: Callable[[str], None]) -> None:
-        self._folder, self._config, self._tell = folder, config, tell
+    def __init__(
+        self, folder: RunFolder, config: Config, tell: Callable[[str], None], places: Sequence[str] = ()
+    ) -> None:
+        self._folder, self._config, self._tell, self._places = folder, config, tell, places
         self._kills = kernel_kills()
 
     def judge(self, error: BaseException) -> tuple[Failure, Decision]:
@@ -75,8 +79,6 @@ class Judge:
         cluster, history = self._config.cluster, recorded(self._folder)
         limits = Limits(
             max_failures=cluster.max_failures,
-            num_workers=cluster.num_processes,
-            min_workers=cluster.min_workers,
             is_stopping=self._folder.is_stop_requested(),
             advice=advice(self._config.data.batch_size, cluster.num_processes),
         )
@@ -96,18 +98,19 @@ class Judge:
             attempt=attempts,
             node=first.node,
             rank=first.rank,
+            is_drained=first.is_drained,
         )
 
     def _causes(self, error: BaseException) -> Iterator[Failure]:
         """Yield what is known of each worker, or of the attempt as a whole."""
         if isinstance(error, PreemptionError):
             ranks = ", ".join(str(rank) for rank in error.preemption_info.preempted_ranks)
-            yield Failure(Kind.PREEMPTED, f"the machine of rank {ranks} was taken away", 0)
+            yield Failure(Kind.PREEMPTED, f"the machine of rank {ranks} was taken away", 0, is_drained=True)
         elif isinstance(error, WorkerGroupError) and error.worker_failures:
             for rank, each in error.worker_failures.items():
                 yield self._cause(rank, each)
         elif isinstance(error, ControllerError):
-            yield _start_failure(error.controller_failure)
+            yield self._start_failure(error.controller_failure)
         else:
             yield Failure(Kind.WORKER_LOST, f"what supervises the workers ended: {first_line(error)}", 0)
 
@@ -119,7 +122,7 @@ class Judge:
         node = found.group(1) if found else ""
         where = f"rank {rank}" + (f" on {node}" if node else "")
         if isinstance(error, LeavingError):
-            return Failure(Kind.PREEMPTED, "it saved a checkpoint and left", 0, rank=rank)
+            return Failure(Kind.PREEMPTED, "it saved a checkpoint and left", 0, rank=rank, is_drained=is_draining())
         if isinstance(error, MemoryLimitError):
             return Failure(Kind.GPU_OUT_OF_MEMORY if error.is_gpu else Kind.OUT_OF_MEMORY, text, 0, rank=rank)
         if isinstance(error, HangError | WorkerHealthCheckTimeoutError):
@@ -134,18 +137,32 @@ class Judge:
             )
         return Failure(Kind.ERROR, f"{where}: {type(error).__name__}: {first_line(error)}", 0, rank=rank)
 
+    def _start_failure(self, error: BaseException) -> Failure:
+        """Name what ended an attempt while its workers started, or in what supervises them."""
+        if isinstance(error, WorkerGroupStartupTimeoutError):
+            return Failure(Kind.NOT_STARTED, "their places were taken in the meantime (cluster.start_timeout_s)", 0)
+        if isinstance(error, WorkerGroupStartupFailedError | RayActorError):
+            if gone := dead_nodes(self._places):
+                why = f"the machine {gone[0]} is gone, on which a worker started"
+                return Failure(Kind.NODE_LOST, why, 0, node=gone[0])
+            return Failure(Kind.WORKER_LOST, "a worker ended while it started", 0)
+        text = f"{type(error).__name__}: {first_line(error)}"
+        if _CONNECTION.search(str(error)):
+            return Failure(Kind.CONNECTION_LOST, f"the workers could not connect to each other: {text}", 0)
+        return Failure(Kind.ERROR, f"what starts and supervises the workers failed: {text}", 0)
+
     def _lost(self, where: str, rank: int, node: str, error: RayActorError) -> Failure:
         """Name the loss of a worker's process."""
         text = str(error)
         if error.preempted:
-            return Failure(Kind.PREEMPTED, f"the machine of {where} was taken away", 0, node=node, rank=rank)
+            reason = f"the machine of {where} was taken away"
+            return Failure(Kind.PREEMPTED, reason, 0, node=node, rank=rank, is_drained=True)
         if _NODE.search(text) or (node and node not in _living_nodes()):
             return Failure(Kind.NODE_LOST, f"the machine of {where} is gone", 0, node=node, rank=rank)
         if _MEMORY.search(text):
             reason = f"Ray ended {where}, because its machine ran out of memory"
             return Failure(Kind.OUT_OF_MEMORY, reason, 0, node=node, rank=rank)
         if node == ray.util.get_node_ip_address() and kernel_kills() > self._kills:
-            self._kills = kernel_kills()
             reason = f"the system ended {where}, because the machine ran out of memory"
             return Failure(Kind.OUT_OF_MEMORY, reason, 0, node=node, rank=rank)
         return Failure(
@@ -157,17 +174,6 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def _start_failure(error: BaseException) -> Failure:
-    if isinstance(error, WorkerGroupStartupTimeoutError):
-        return Failure(Kind.NOT_STARTED, "the workers did not start in time (cluster.start_timeout_s)", 0)
-    text = first_line(error)
-    if isinstance(error, WorkerGroupStartupFailedError | RayActorError):
-        return Failure(Kind.WORKER_LOST, "a worker ended while it started", 0)
-    if _CONNECTION.search(str(error)):
-        return Failure(Kind.CONNECTION_LOST, f"the workers could not connect to each other: {text}", 0)
-    return Failure(Kind.ERROR, f"the workers could not be started: {text}", 0)
 
 
 def _living_nodes() -> set[str]:

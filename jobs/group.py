@@ -41,7 +41,7 @@ class Group(WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Keep the handles of the workers."""
         self._workers = worker_group.get_workers()
-        self._judge = self._judge or Judge(RunFolder.of(self._location), self._config, _say)
+        self._judge = Judge(RunFolder.of(self._location), self._config, _say)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Return when the workers shall be started again in place.

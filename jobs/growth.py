@@ -22,8 +22,9 @@ def leave_wish(folder: RunFolder) -> None:
 
 
 def forget_wish(folder: RunFolder) -> None:
-    """Withdraw the wish, so that the next attempt does not hear it."""
-    folder.remove(FILE)
+    """Withdraw the wish, so that the next attempt does not hear it; where a store is away, the one after that."""
+    with suppress(DabError, OSError):
+        folder.remove(FILE)
 
 
 class GrowthWatch:

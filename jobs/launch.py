@@ -12,22 +12,27 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayError
 
 from dabnn.errors import DabError
-from dabnn.observer import LeavingError, Observer, Watch
+from dabnn.observer import LeavingError, Observer
 from dabnn.run_folder import RunFolder
 from dabnn.spec import TrainSpec
 from jobs.growth import forget_wish, leave_wish
 from jobs.nodes import Seen, seen
-from jobs.preflight import Wanted, look_at
+from jobs.preflight import Wanted, look_at, wait_for_store
 from orchestrator.capacity import Needs, Node, num_places, shortage
 from orchestrator.config import Config
 from orchestrator.config_sections import Cluster as ClusterConfig
 from orchestrator.failure import Action
 from orchestrator.placement import choose, returned
-from orchestrator.story import message
+from orchestrator.story import begun, message
+
+if TYPE_CHECKING:
+    from jobs.failures import Judge
 
 Tell = Callable[[str], None]
 
@@ -64,6 +69,7 @@ def launch(
     Raises:
         DabError: The cluster cannot hold the workers, a node lacks something, or it was given up after failures.
     """
+    wait_for_store(folder, spec.checkpoint.retry_s, tell)
     folder.forget_result()
     if not config.cluster.num_workers:
         return _train_watched(spec, folder, config.cluster)
@@ -77,27 +83,35 @@ def train_here(
     folder: RunFolder,
     cluster: ClusterConfig,
     observer: Observer | None = None,
-    watch: Watch | None = None,
 ) -> None:
-    """Run the loop in this process, on the CPU or the GPU that Ray gave it."""
+    """Run the loop in this process, on the CPU or the GPU that Ray gave it, and look at it from this thread.
+
+    Raises:
+        HangError: It hangs; its thread is left behind, to be ended with the process.
+    """
     import torch
 
     from dabnn.distributed import World
     from dabnn.train import train
+    from dabnn.watch import WorkerWatch, hang_limit_s, watched
 
-    torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
-    world = World.current("cuda" if cluster.gpus_per_worker else "cpu")
-    train(spec, folder, world=world, observer=observer, watch=watch)
+    watch = WorkerWatch(folder, 0, socket.gethostname(), hang_s=hang_limit_s(cluster.hang_s, spec))
+
+    def loop() -> None:
+        torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
+        world = World.current("cuda" if cluster.gpus_per_worker else "cpu")
+        train(spec, folder, world=world, observer=observer, watch=watch)
+
+    watched(loop, watch)
 
 
 def _train_watched(spec: TrainSpec, folder: RunFolder, cluster: ClusterConfig) -> dict[str, Any]:
     """Train in this process, whose main thread this must be, and return the result."""
-    from dabnn.watch import WorkerWatch, hang_limit_s, heed_sigterm, watched
+    from dabnn.watch import heed_sigterm
 
     heed_sigterm()
-    watch = WorkerWatch(folder, 0, socket.gethostname(), hang_s=hang_limit_s(cluster.hang_s, spec))
     try:
-        watched(lambda: train_here(spec, folder, cluster, watch=watch), watch)
+        train_here(spec, folder, cluster)
     except LeavingError:
         return _stopped(folder, "told to end (SIGTERM) and saved a checkpoint; `dab resume` goes on from it")
     return _result(folder)
@@ -120,12 +134,9 @@ class _Attempts:
     def __init__(
         self, spec: TrainSpec, folder: RunFolder, config: Config, name: str, tracking_uri: str, tell: Tell
     ) -> None:
-        from jobs.failures import Judge
-
         self.spec, self.folder, self.cluster, self.name, self.tell = spec, folder, config.cluster, name, tell
         self.config, self.needs = config, Needs.of(config.cluster)
         self.wanted = _wanted(spec, config.cluster, tracking_uri)
-        self.judge = Judge(folder, config, tell)
         self.shunned: dict[str, float] = {}
         self.unsound_since = 0.0
 
@@ -136,7 +147,9 @@ class _Attempts:
             if found is None:
                 return _stopped(self.folder, "stopped by request while it waited for room")
             places, nodes = found
-            if not self._are_sound(places, nodes, is_first=number == 1):
+            if wait_for_store(self.folder, self.spec.checkpoint.retry_s, self.tell):
+                continue  # somebody else may have the places by now
+            if not self._are_sound(places, nodes):
                 continue
             if len(places) < self.cluster.num_workers:
                 self.tell(
@@ -166,11 +179,12 @@ class _Attempts:
             time.sleep(_POLL_S)
         return None
 
-    def _are_sound(self, places: Sequence[str], nodes: Seen, *, is_first: bool) -> bool:
+    def _are_sound(self, places: Sequence[str], nodes: Seen) -> bool:
         """Look at the nodes; those with a problem are left out for a while, unless nothing has begun yet."""
         findings = look_at(places, nodes.addresses, self.folder, self.wanted)
         now = time.monotonic()
         self.unsound_since = (self.unsound_since or now) if findings else 0.0
+        is_first = not begun(self.folder)  # whichever driver began it
         if findings.problems and (is_first or now - self.unsound_since >= _RETURN_S):
             raise DabError(str(findings))
         for node in (*findings.problems, *findings.lost):
@@ -181,20 +195,22 @@ class _Attempts:
 
     def _try(self, places: Sequence[str], name: str) -> dict[str, Any] | None:
         """Train once; return the result, or None when there shall be another attempt."""
-        from jobs.failures import ENDS
+        from jobs.failures import ENDS, Judge
         from jobs.workers import fit
 
+        judge = Judge(self.folder, self.config, self.tell, places)
         try:
             with self._growing(places) as is_asked:
                 fit(self.spec, self.folder, self.config, name, places)
         except ENDS as error:
             if is_asked.is_set() and _has_left(error):
                 return None
-            return self._decide(error)
+            return self._decide(judge, error)
+        wait_for_store(self.folder, self.spec.checkpoint.retry_s, self.tell)
         return _result(self.folder)
 
-    def _decide(self, error: BaseException) -> dict[str, Any] | None:
-        failure, decision = self.judge.judge(error)
+    def _decide(self, judge: "Judge", error: BaseException) -> dict[str, Any] | None:
+        failure, decision = judge.judge(error)
         if decision.action is Action.GIVE_UP:
             raise DabError(message(failure, decision)) from error
         if decision.action is Action.STOP:
@@ -214,7 +230,10 @@ class _Attempts:
         if len(places) == self.cluster.num_workers:
             yield is_asked
             return
-        thread = threading.Thread(target=self._watch_room, args=(places, is_asked, over), name="grow", daemon=True)
+        num_attempts = len(self.folder.attempts())
+        thread = threading.Thread(
+            target=self._watch_room, args=(places, num_attempts, is_asked, over), name="grow", daemon=True
+        )
         thread.start()
         try:
             yield is_asked
@@ -223,21 +242,23 @@ class _Attempts:
             thread.join()
             forget_wish(self.folder)
 
-    def _watch_room(self, places: Sequence[str], is_asked: threading.Event, over: threading.Event) -> None:
-        num_attempts = len(self.folder.attempts())
+    def _watch_room(
+        self, places: Sequence[str], num_attempts: int, is_asked: threading.Event, over: threading.Event
+    ) -> None:
         began, roomy_since = 0.0, 0.0
         while not over.wait(_GROW_POLL_S):
             now = time.monotonic()
-            began = began or (now if len(self.folder.attempts()) > num_attempts else 0.0)
-            nodes = seen(self._shunned())
-            count = len(most(self.needs, returned(nodes.free, places, self.needs.each)))
-            roomy_since = (roomy_since or now) if count > len(places) else 0.0
-            is_settled = roomy_since and now - roomy_since >= _GROW_SETTLE_S
-            if is_settled and began and now - began >= _GROW_INTERVAL_S:
-                self.tell(f"room for {count} workers: a checkpoint is taken, and training goes on with them")
-                is_asked.set()
-                leave_wish(self.folder)
-                return
+            with suppress(DabError, OSError, RayError):  # a store or Ray that does not answer is asked again
+                began = began or (now if len(self.folder.attempts()) > num_attempts else 0.0)
+                nodes = seen(self._shunned())
+                count = len(most(self.needs, returned(nodes.free, places, self.needs.each)))
+                roomy_since = (roomy_since or now) if count > len(places) else 0.0
+                is_settled = roomy_since and now - roomy_since >= _GROW_SETTLE_S
+                if is_settled and began and now - began >= _GROW_INTERVAL_S:
+                    leave_wish(self.folder)
+                    is_asked.set()
+                    self.tell(f"room for {count} workers: a checkpoint is taken, and training goes on with them")
+                    return
 
     def _shunned(self) -> list[str]:
         now = time.monotonic()

@@ -42,3 +42,13 @@ def seen(avoid: Collection[str] = ()) -> Seen:
         ),
         addresses={each["NodeID"]: each["NodeManagerAddress"] for each in alive},
     )
+
+
+def is_draining() -> bool:
+    """Whether a node of the cluster is about to be taken away."""
+    return ray.is_initialized() and bool(state.state.get_draining_nodes())
+
+
+def dead_nodes(nodes: Collection[str]) -> list[str]:
+    """Return the addresses of those of some nodes, named by their ids, that are not alive any more."""
+    return [each["NodeManagerAddress"] for each in ray.nodes() if each["NodeID"] in nodes and not each["Alive"]]

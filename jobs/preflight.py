@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dabnn.errors import DabError
 from dabnn.run_folder import RunFolder
+from dabnn.run_store import patiently
 from orchestrator.mlflow_client import is_reachable
 from orchestrator.sight import (
     LOOK_LIMIT_S,
@@ -39,6 +40,7 @@ Value = TypeVar("Value")
 _CONNECT_S = 5.0
 _NETWORK_S = 2.0  # how long a network folder may take to show what another machine wrote
 _TRACKER_S = 3.0
+_TELL_EVERY_S = 30.0
 _PEERS = 8  # each node connects to so many of the others
 
 
@@ -82,6 +84,31 @@ class Findings:
 
     def __str__(self) -> str:
         return "\n".join([*(line for lines in self.problems.values() for line in lines), *self.lost.values()])
+
+
+def wait_for_store(folder: RunFolder, retry_s: float, tell: Callable[[str], None]) -> bool:
+    """Wait until the store of a run takes a file and gives it back; return whether that took any waiting.
+
+    Args:
+        folder: The run's folder; one that lies behind no URL is not waited for.
+        retry_s: How long to wait at most.
+        tell: Told now and then what is waited for.
+
+    Raises:
+        StoreError: The store refuses, or does not answer for so long.
+    """
+    if folder.copy is None:
+        return False
+    store, name, told_at = folder.copy.store, f".preflight-{secrets.token_hex(8)}", list[float]()
+
+    def wait(text: str) -> None:
+        if not told_at or time.monotonic() - told_at[-1] >= _TELL_EVERY_S:
+            told_at.append(time.monotonic())
+            tell(text)
+
+    for call in (lambda: store.write(name, b"dab"), lambda: store.read(name), lambda: store.remove(name)):
+        patiently(call, str(store), retry_s, on_wait=wait)
+    return bool(told_at)
 
 
 def look_at(places: Sequence[str], addresses: Mapping[str, str], folder: RunFolder, wanted: Wanted) -> Findings:

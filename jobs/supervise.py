@@ -19,7 +19,7 @@ from dabnn.errors import DabError
 from dabnn.memory import advice, kernel_kills
 from dabnn.run_folder import RunFolder
 from dabnn.watch import STACKS
-from orchestrator.failure import HUNG, Action, Decision, Failure, Kind, Limits, decide
+from orchestrator.failure import HUNG, PASSING, Action, Decision, Failure, Kind, Limits, decide
 from orchestrator.job import VARIABLE
 from orchestrator.story import message, note, reached, recorded
 
@@ -31,16 +31,16 @@ def main() -> int:
     """Run the driver to the end of the run; return its exit code, or 1 when it is given up."""
     job = json.loads(os.environ[VARIABLE])
     folder = RunFolder.of(job["folder"])
-    driver, kills = _Driver(), kernel_kills()
+    driver = _Driver()
     _begin(folder, job)
     while not driver.is_ending:
         with suppress(OSError, DabError):
             folder.forget_result()
+        kills = kernel_kills()
         code = driver.run()
         if code == 0 or driver.is_ending or folder.result():
             return code
         failure = _lost(folder, code, is_memory_short=kernel_kills() > kills)
-        kills = kernel_kills()
         decision = decide(failure, recorded(folder), _limits(folder, job))
         note(folder, failure, decision, _say)
         if decision.action in (Action.GIVE_UP, Action.STOP):
@@ -93,7 +93,9 @@ def _lost(folder: RunFolder, code: int, *, is_memory_short: bool) -> Failure:
     """Return what is known of a driver's end; with `cluster.num_workers=0` it trained itself."""
     attempts, start_step, step = reached(folder)
     if code == HUNG:
-        kind, why = Kind.HANG, f"no step was taken; what it was doing is in {folder.place_of(STACKS)}"
+        kind, why = Kind.HANG, f"no step was taken; what it was doing is in {folder.place_of(STACKS)} or its log"
+    elif code == PASSING:
+        kind, why = Kind.ERROR, "training was interrupted; its log says by what"
     elif code == -signal.SIGKILL and is_memory_short:
         kind, why = Kind.OUT_OF_MEMORY, "the system ended its driver, because the machine ran out of memory"
     elif code < 0:

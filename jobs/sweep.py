@@ -14,8 +14,9 @@ from typing import Any
 import ray
 from ray import tune
 
-from dabnn.errors import DabError
+from dabnn.errors import DabError, PassingError
 from dabnn.run_folder import RunFolder
+from dabnn.watch import HangError
 from jobs.connect import connect
 from jobs.launch import check_capacity, launch, train_here
 from jobs.record import leave_result, record_end, record_start
@@ -100,6 +101,10 @@ def _run_trial(values: dict[str, Any], job: Job) -> None:
     """Train one point; Tune calls this in a process of its own, and again when that process died.
 
     A failure that a restart would meet again is left as the trial's result, not raised.
+
+    Raises:
+        HangError: The trial hangs.
+        PassingError: Another try may well not meet what ended this one.
     """
     folder = trial_folder(job, tune.get_context().get_trial_id())
     if job.run_folder.is_stop_requested():
@@ -109,6 +114,8 @@ def _run_trial(values: dict[str, Any], job: Job) -> None:
     try:
         config = with_overrides(trial_config(job.parsed_config()), values.get("point", values))
         _train_trial(config, folder)
+    except (HangError, PassingError):
+        raise  # Tune calls it again, as `cluster.max_failures` allows
     except DabError as error:
         leave_result(folder, {"status": "failed", "message": str(error)})
 

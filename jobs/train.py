@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dabnn.errors import DabError
+from dabnn.errors import DabError, PassingError
 from dabnn.run_folder import RunFolder
 from dabnn.watch import HangError
 from jobs.connect import connect
 from jobs.launch import launch
+from jobs.preflight import wait_for_store
 from jobs.record import FLUSH_TIMEOUT_S, leave_result, record_end, record_start
-from orchestrator.failure import HUNG
+from orchestrator.failure import HUNG, PASSING
 from orchestrator.job import Job
 from orchestrator.origin import begin, origin_of
 from orchestrator.resolve import train_spec
@@ -30,7 +31,10 @@ PROGRESS_LINE_S = 5.0
 
 
 def main() -> int:
-    """Run the job described in the environment; return 0 when the run finished or was stopped, 1 when it failed."""
+    """Run the job described in the environment; return 0 when the run finished or was stopped, 1 when it failed.
+
+    Other codes (`orchestrator.failure`) ask for another driver.
+    """
     job = Job.from_environment()
     config = job.parsed_config()
     folder = job.run_folder
@@ -39,12 +43,16 @@ def main() -> int:
     say(f"run {job.name} ({job.run_id}), attempt {job.attempt}: {config.cluster.num_workers} workers")
     with following(job), printing_progress(folder):
         try:
+            wait_for_store(folder, config.train.checkpoint.retry_s, say)
             begin(folder, origin_of(config))
             spec = train_spec(config)
             result = launch(spec, folder, config, job.job_id, tracking_uri=job.tracking_uri, tell=say)
         except HangError as error:  # of a loop in this process, whose thread hangs on: `jobs.supervise` starts another
             say(str(error))
             os._exit(HUNG)
+        except PassingError as error:
+            say(str(error))
+            return PASSING
         except DabError as error:
             result = {"status": "failed", "message": str(error)}
             leave_result(folder, result)

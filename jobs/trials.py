@@ -161,8 +161,11 @@ class TrialRecorder(tune.Callback):
             config=to_dict(base if config is None else config),
         )
         if config is not None:  # what cannot run is not resumed either
-            child.save()
-            folder.leave("config.yaml", to_yaml(alone(config)))
+            try:
+                child.save()
+                folder.leave("config.yaml", to_yaml(alone(config)))
+            except (OSError, DabError) as error:  # raised here, it would end the sweep
+                say(f"trial {name} cannot be resumed by itself: {error}")
         self._children[trial.trial_id] = child
         record_start(child)
         if self._follower is not None:

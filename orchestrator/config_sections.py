@@ -398,7 +398,9 @@ class Cluster(Section):
         description="seconds without a step after which the stacks of all workers are saved and the attempt fails",
     )
     start_timeout_s: float = Field(
-        default=60.0, ge=5, description="seconds that workers may take to start before they are placed afresh"
+        default=60.0,
+        ge=5,
+        description="seconds that Ray may take to set the places of the workers aside before others are looked for",
     )
     priority: int = Field(
         default=0, ge=-1000, le=1000, description="place in the queue of the cluster: higher ones start first"

@@ -12,7 +12,8 @@ from enum import StrEnum
 from typing import Any
 
 HUNG = 75  # exit code of a driver that trained itself and hung
-_LONGEST_WAIT_S = 30.0
+PASSING = 76  # of one that met what another may well not meet
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
 
 
 class Kind(StrEnum):
@@ -31,15 +32,14 @@ class Kind(StrEnum):
 
     @property
     def is_counted(self) -> bool:
-        """Whether it counts towards `cluster.max_failures`; a machine that was wanted back is nobody's failure."""
-        return self is not Kind.PREEMPTED
+        """Whether it counts towards `cluster.max_failures` at all times: who only waits for a place has not failed."""
+        return self not in (Kind.PREEMPTED, Kind.NOT_STARTED)
 
 
 class Action(StrEnum):
     """What is done about it."""
 
     RETRY = "retry"
-    RESIZE = "resize"
     GIVE_UP = "give up"
     STOP = "stop"
 
@@ -56,6 +56,7 @@ class Failure:
         attempt: Number of the attempt, from 1; 0 when none had begun.
         node: Address of the machine; empty where it is not one of them.
         rank: Rank of the worker; None where it is not one of them.
+        is_drained: Whether a machine was about to be taken away.
     """
 
     kind: Kind
@@ -65,6 +66,7 @@ class Failure:
     attempt: int = 0
     node: str = ""
     rank: int | None = None
+    is_drained: bool = False
 
     def to_event(self) -> dict[str, Any]:
         """Return it as a line of `events.jsonl`; `from_event` is the inverse."""
@@ -86,16 +88,12 @@ class Limits:
     """What a run allows.
 
     Attributes:
-        max_failures: Restarts before it counts as failed; preemptions are not counted.
-        num_workers: Workers that it wants.
-        min_workers: Fewest it goes on with; None for `num_workers`.
+        max_failures: Restarts before it counts as failed; waits for a place are not counted.
         is_stopping: Whether somebody asked for its end.
         advice: What to do about too little memory, in words.
     """
 
     max_failures: int
-    num_workers: int = 1
-    min_workers: int | None = None
     is_stopping: bool = False
     advice: str = ""
 
@@ -125,20 +123,27 @@ def decide(failure: Failure, history: Sequence[Failure], limits: Limits) -> Deci
     """
     if limits.is_stopping:
         return Decision(Action.STOP, "a stop was asked for, so it is not started again")
-    if failure.kind is Kind.PREEMPTED:
-        return Decision(Action.RETRY, "its place is wanted for something else; this does not count as a failure")
+    wait_s = _wait_s(failure, history)
+    if failure.kind is Kind.NOT_STARTED:
+        reason = "another place is looked for; this does not count as a failure"
+        return Decision(Action.RETRY, reason, max(_SHORTEST_WAIT_S, wait_s))
+    if not _is_counted(failure, history):
+        return Decision(
+            Action.RETRY, "its place is wanted for something else; this does not count as a failure", wait_s
+        )
     if reason := _hopeless(failure, history, limits):
         return Decision(Action.GIVE_UP, reason)
-    num_used = sum(before.kind.is_counted for before in history)
+    num_used = sum(_is_counted(before, history[:number]) for number, before in enumerate(history))
     if num_used >= limits.max_failures:
         return Decision(Action.GIVE_UP, _used_up(limits.max_failures))
-    budget = f"restart {num_used + 1} of {limits.max_failures}"
-    wait_s = _wait_s(failure, history)
-    if failure.kind is Kind.NODE_LOST and limits.min_workers is not None and limits.min_workers < limits.num_workers:
-        return Decision(
-            Action.RESIZE, f"{budget}, with the workers that find room, at least {limits.min_workers}", wait_s
-        )
-    return Decision(Action.RETRY, budget, wait_s)
+    return Decision(Action.RETRY, f"restart {num_used + 1} of {limits.max_failures}", wait_s)
+
+
+def _is_counted(failure: Failure, history: Sequence[Failure]) -> bool:
+    """Whether it counts: who is told to end again and again without a step in between is not wanted back, but sick."""
+    before = history[-1] if history else None
+    is_again = before is not None and before.kind is failure.kind and failure.step <= before.step
+    return failure.kind.is_counted or (failure.kind is Kind.PREEMPTED and is_again and not failure.is_drained)
 
 
 def _hopeless(failure: Failure, history: Sequence[Failure], limits: Limits) -> str:

@@ -195,7 +195,7 @@ def stop(
     is_trial = current.kind == "trial" and not is_job_of(record.tags.get("dab.job_id", ""), record.run_id)
     if is_trial and now:
         raise InvalidInputError(f"--now: {current.name} shares the job of its sweep. Leave it out, or stop the sweep.")
-    _refuse_second_stop(current, now=now)
+    _refuse_second_stop(current, now=now, is_trial=is_trial)
     if is_trial or (not now and current.status == "running"):
         for folder in _stoppable(current):
             folder.request_stop()
@@ -205,7 +205,7 @@ def stop(
         raise DabError(f"{current.name}: did not end within {grace_s:.0f} s; `dab stop` of its sweep ends all trials.")
     how = _end_job(record, now=now, on_wait=on_wait)
     last = status(uri, current.run_id)
-    if last.status == "finished":  # it came to its end in the meantime
+    if last.status in ENDED and RunFolder.of(current.folder).result():  # it came to an end of its own in the meantime
         return last
     _record_late(uri, current.run_id, RunFolder.of(current.folder), "stopped", how)
     return status(uri, current.run_id)
@@ -227,15 +227,16 @@ def _end_job(record: RunRecord, *, now: bool, on_wait: Callable[[str], None] | N
     return "stopped without a last checkpoint"
 
 
-def _refuse_second_stop(current: RunStatus, *, now: bool) -> None:
+def _refuse_second_stop(current: RunStatus, *, now: bool, is_trial: bool) -> None:
     """Note that a stop is asked for, and refuse one that was asked for before."""
     folder = RunFolder.of(current.folder)
     asked = folder.load_json(folder.control_file.name)
     if asked and not now:
         since_s = time.time() - float(asked.get("time", 0))
+        at_once = "" if is_trial else f" `dab stop {current.run_id[:8]} --now` ends it without one."
         raise InvalidInputError(
             f"{current.name}: is being stopped already, since {since_s:.0f} s; it ends when its last checkpoint is "
-            f"written. `dab stop {current.run_id[:8]} --now` ends it without one."
+            f"written.{at_once}"
         )
     what = "it was ended at once" if now else "a stop was asked for"
     folder.append_event({"what": what, "step": current.step, "attempt": current.attempts})

@@ -13,10 +13,10 @@ from orchestrator.failure import Action, Decision, Failure, Kind
 
 _NEXT = {
     Action.RETRY: "it goes on from the last checkpoint",
-    Action.RESIZE: "it goes on from the last checkpoint",
     Action.GIVE_UP: "it is given up",
     Action.STOP: "it stays stopped",
 }
+_BEGINNINGS = ("submitted", "resumed")
 _WHAT = {
     Kind.WORKER_LOST: "a worker was lost",
     Kind.NODE_LOST: "a machine was lost",
@@ -25,7 +25,7 @@ _WHAT = {
     Kind.OUT_OF_MEMORY: "memory ran out",
     Kind.GPU_OUT_OF_MEMORY: "GPU memory ran out",
     Kind.CONNECTION_LOST: "workers lost each other",
-    Kind.NOT_STARTED: "the workers did not start",
+    Kind.NOT_STARTED: "the workers found no place",
     Kind.PREEMPTED: "a place was taken away",
     Kind.ERROR: "a worker failed",
 }
@@ -35,12 +35,18 @@ def recorded(folder: RunFolder) -> list[Failure]:
     """Return the failures since the run was submitted or last resumed, oldest first."""
     failures: list[Failure] = []
     for event in folder.events():
-        if event.get("what") in ("submitted", "resumed"):
+        if event.get("what") in _BEGINNINGS:
             failures = []
         failure = Failure.from_event(event)
         if failure is not None:
             failures.append(failure)
     return failures
+
+
+def begun(folder: RunFolder) -> int:
+    """Return how many attempts began since the run was submitted or last resumed."""
+    before = [int(event.get("attempt", 0)) for event in folder.events() if event.get("what") in _BEGINNINGS]
+    return len(folder.attempts()) - (before[-1] if before else 0)
 
 
 def reached(folder: RunFolder) -> tuple[int, int, int]:

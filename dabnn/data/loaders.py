@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from dabnn.data.memory import keep_freed_memory
 from dabnn.data.pipeline import Pipeline
 from dabnn.data.requests import Request, Requests
-from dabnn.errors import DabError
+from dabnn.errors import DabError, PassingError
 
 _MIN_SAMPLES = 2  # of a rank in a training step: BatchNorm cannot train on one value a channel
 _ADVICE = "see `dab data check`, then build again"
@@ -126,7 +126,8 @@ class Loaders:
             position: Its epoch and step, which count after a move only.
 
         Raises:
-            DabError: A loader process died, or none can be started.
+            PassingError: A loader process died.
+            DabError: None can be started.
         """
         if self._ahead is None and self._num_loaders and self._is_server_up():
             self._requests.start, self._here = position, None
@@ -186,7 +187,7 @@ class Loaders:
                 raise
             self._loader = None
             self.move()
-            raise DabError(
+            raise PassingError(
                 f"data.num_loaders: a loader process was killed, or ran out of memory or of /dev/shm ({error}). Use "
                 "fewer loaders or a smaller data.batch_size if it happens again."
             ) from error

@@ -69,3 +69,12 @@ def test_a_point_that_cannot_be_fails_its_trial_and_not_the_sweep(job: Job) -> N
     assert trial_folder(job, "good").root.joinpath("job.json").is_file()
     with pytest.raises(InvalidInputError, match="no run was submitted"):
         Job.load(trial_folder(job, "bad").root)
+
+
+def test_a_trial_whose_description_cannot_be_written_does_not_end_the_sweep(job: Job) -> None:
+    watching = recorder(job)
+    (trial_folder(job, "a").root / "job.json").mkdir(parents=True)
+    watching.on_trial_start(1, [], trial("a", **{"schedule.warmup_epochs": 1.5}))
+    watching.close()
+    (run,) = tracking.find_runs(job.tracking_uri, parent=job.run_id)
+    assert run.name == "sweep-t01"

@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.failure import Action, Failure, Kind, Limits, decide
 
-LIMITS = Limits(max_failures=3, num_workers=4)
+LIMITS = Limits(max_failures=3)
 
 
 def lost(step: int = 100, kind: Kind = Kind.WORKER_LOST, **values: object) -> Failure:
@@ -12,7 +12,9 @@ def lost(step: int = 100, kind: Kind = Kind.WORKER_LOST, **values: object) -> Fa
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in Kind if kind not in (Kind.PREEMPTED, Kind.GPU_OUT_OF_MEMORY)], ids=lambda kind: kind.name
+    "kind",
+    [kind for kind in Kind if kind.is_counted and kind is not Kind.GPU_OUT_OF_MEMORY],
+    ids=lambda kind: kind.name,
 )
 def test_the_first_failure_of_any_kind_is_tried_again_at_once_and_counted(kind: Kind) -> None:
     decision = decide(lost(kind=kind), [], LIMITS)
@@ -34,18 +36,28 @@ def test_a_place_that_is_taken_away_never_counts() -> None:
     assert decide(lost(2000), history, LIMITS).reason == "restart 1 of 3"
 
 
+def test_who_is_told_to_end_again_and_again_without_a_step_is_given_up_unless_machines_are_taken_away() -> None:
+    told, drained = lost(100, Kind.PREEMPTED), lost(100, Kind.PREEMPTED, is_drained=True)
+    limits = Limits(max_failures=2)
+    decisions = [decide(told, [told] * number, limits) for number in range(4)]
+    assert [decision.action for decision in decisions] == [Action.RETRY] * 3 + [Action.GIVE_UP]
+    assert [decision.wait_s for decision in decisions[:3]] == [0, 1, 2]
+    assert decisions[3].reason == "2 restarts are used up (cluster.max_failures)"
+    assert decide(drained, [drained] * 9, limits).action is Action.RETRY
+    assert decide(lost(101, Kind.PREEMPTED), [told] * 3, limits).action is Action.RETRY
+
+
+def test_a_run_that_lost_the_race_for_its_places_waits_and_is_never_given_up() -> None:
+    history = [lost(0, Kind.NOT_STARTED) for _ in range(50)]
+    waits = [decide(history[0], history[:number], Limits(max_failures=0)) for number in range(8)]
+    assert {decision.action for decision in waits} == {Action.RETRY}
+    assert [decision.wait_s for decision in waits] == [1, 1, 2, 4, 8, 16, 30, 30]
+    assert decide(lost(0), history, LIMITS).reason == "restart 1 of 3"
+
+
 def test_nothing_is_started_again_when_a_stop_was_asked_for() -> None:
     stopping = Limits(max_failures=3, is_stopping=True)
     assert {decide(lost(kind=kind), [], stopping).action for kind in Kind} == {Action.STOP}
-
-
-def test_a_lost_machine_lets_an_elastic_run_go_on_with_fewer_workers() -> None:
-    elastic = Limits(max_failures=3, num_workers=4, min_workers=2)
-    decision = decide(lost(kind=Kind.NODE_LOST), [], elastic)
-    assert decision.action is Action.RESIZE
-    assert decision.reason == "restart 1 of 3, with the workers that find room, at least 2"
-    assert decide(lost(kind=Kind.WORKER_LOST), [], elastic).action is Action.RETRY
-    assert decide(lost(kind=Kind.NODE_LOST), [], LIMITS).action is Action.RETRY
 
 
 def test_the_same_error_twice_without_a_step_between_is_given_up() -> None:

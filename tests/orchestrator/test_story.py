@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dabnn.run_folder import RunFolder
 from orchestrator.failure import Failure, Kind, Limits, decide
-from orchestrator.story import message, note, recorded, sentence, story
+from orchestrator.story import begun, message, note, recorded, sentence, story
 
 LOST = Failure(
     Kind.WORKER_LOST, "the process of rank 1 on 10.0.0.3 ended without a word, as if killed", 123, 100, 1, "10.0.0.3", 1
@@ -27,6 +27,17 @@ def test_failures_are_counted_since_the_run_was_resumed(tmp_path: Path) -> None:
     assert recorded(folder) == []
     note(folder, LOST, decision, lambda _: None)
     assert recorded(folder) == [LOST]
+
+
+def test_attempts_are_counted_since_the_run_was_resumed_whichever_driver_began_them(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append_event({"what": "submitted", "attempt": 0})
+    assert begun(folder) == 0
+    folder.begin_attempt(0, 2)
+    folder.append_event({"what": "driver lost", "attempt": 1})
+    assert begun(folder) == 1
+    folder.append_event({"what": "resumed", "attempt": 1})
+    assert begun(folder) == 0
 
 
 def test_the_story_holds_starts_and_failures_in_order(tmp_path: Path) -> None:
