@@ -186,8 +186,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
         DabError: It was fetched and is damaged, or its store does not answer.
     """
     place = shown(str(path))
+    source = io.BytesIO(_fetched(str(path))) if is_url(str(path)) else path
     try:
-        source = io.BytesIO(_fetched(str(path))) if is_url(str(path)) else path
         state = torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InvalidInputError(f"{place}: cannot be read ({error.strerror or error}). Name another file.") from error

@@ -101,7 +101,7 @@ class RunMirror:
         self._lock_file: IO[str] | None = None
 
     def begin(self, probe_bytes: int = 0) -> None:
-        """Take the store over, fetch what the run goes on from, and begin to send.
+        """Take the store over, make store and folder equal in what the run goes on from, and begin to send.
 
         Args:
             probe_bytes: Size of a checkpoint: where the store has none yet, so much is written there and removed again.
@@ -113,8 +113,7 @@ class RunMirror:
         self._lock()
         limit_s = min(self._retry_s, _BEGIN_LIMIT_S)
         try:
-            self._persist(lambda: self._claim(probe_bytes), limit_s)
-            self._persist(self._bring, limit_s)
+            self._persist(lambda: self._take_over(probe_bytes), limit_s)
         except DabError as error:
             self.problem = error
             self._unlock()
@@ -144,21 +143,19 @@ class RunMirror:
             StoreError: Not everything could be sent; the local folder stays, for the next attempt on this machine.
         """
         self._retry_s = self._retry_s if limit_s is None else limit_s
+        self._closing.set()
+        for thread in self._threads:  # one that still looks at the folder would take what is removed below for unneeded
+            thread.join()
         try:
             if self._threads:
                 self.settle()
                 self._persist(self._send_small)
+                shutil.rmtree(self.folder.root, ignore_errors=True)
         except StoreError as error:
             raise StoreError(
                 f"{error} What is not in the store yet is in {self.folder.root} on {socket.gethostname()}."
             ) from error
-        else:
-            if self._threads:
-                shutil.rmtree(self.folder.root, ignore_errors=True)
         finally:
-            self._closing.set()
-            for thread in self._threads:
-                thread.join()
             self._unlock()
 
     def _unlock(self) -> None:
@@ -223,6 +220,11 @@ class RunMirror:
                 root.mkdir(exist_ok=True)
                 return
 
+    def _take_over(self, probe_bytes: int) -> None:
+        self._claim(probe_bytes)
+        self._bring()
+        self._send_checkpoints()  # the other ranks load from the store what rank 0 chooses here
+
     def _claim(self, probe_bytes: int) -> None:
         """Write `owner.json`, and see whether a checkpoint finds room."""
         owner = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
@@ -237,7 +239,9 @@ class RunMirror:
         if found == self._owner:
             return
         data = self.store.read(OWNER)
-        if data is not None and json.loads(data)["id"] == self._id:
+        if data is None:
+            raise StoreAwayError(f"{OWNER} is not there")
+        if json.loads(data)["id"] == self._id:
             self._owner = found
             return
         raise StoreError(
@@ -354,6 +358,7 @@ class RunMirror:
         """Send the data, then what a run resumed from it would not write again, then the commit."""
         path = Path(checkpoint.path)
         began = time.monotonic()
+        self._check_owner(self.store.entries().get(OWNER))
         stat = commit.stat()
         self.store.send(path, f"{CHECKPOINTS}/{path.name}")
         self._send_small()

@@ -32,7 +32,6 @@ _REFUSED = {
 }
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 5, 60
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
-_CHUNK_BYTES = 1 << 20
 _FULL_CODES = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "StorageFull", "507"})
 _REFUSAL_CODES = frozenset({"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"})
 _REFUSALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"})
@@ -186,7 +185,12 @@ class RunStore:
         """
         if not path.exists():
             raise FileNotFoundError(str(path))
-        self._put(name, lambda files, place: files.put_file(str(path), place))
+        try:
+            self._put(name, lambda files, place: files.put_file(str(path), place))
+        except StoreAwayError:
+            if path.exists():
+                raise
+            raise FileNotFoundError(str(path)) from None
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there; see `entries` for what is raised."""
@@ -210,16 +214,18 @@ class RunStore:
         head, _, last = place.rpartition("/")
         is_whole = self._scheme in _OBJECT_STORES
 
-        def act(files: Any) -> None:
+        def act(files: Any) -> bool:
             if is_whole:
                 put(files, place)
-                return
+                return True
             files.makedirs(head, exist_ok=True)
             part = f"{head}/.{last}.{os.getpid()}"
             put(files, part)
             files.mv(part, place)
+            return True
 
-        self._ask(act, None)
+        if not self._ask(act, False):
+            raise StoreAwayError(f"{name} was not taken: not found")
 
     def _ask(self, call: Callable[[Any], Any], absent: Any, *, is_local: bool = False) -> Any:
         """Return what `call` returns, or `absent` where there is no such file.
