@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dabnn.checkpoints import list_checkpoints
+from dabnn.checkpoints import commit_name, list_checkpoints
 from dabnn.errors import DabError
 from dabnn.run_copy import CHECKPOINTS, cache_folder, local_name
 from dabnn.run_folder import RunFolder
@@ -163,12 +163,13 @@ def _of_deleted(deleted: Iterable[RunRecord], others: list[RunRecord], living: s
 def _of_ended(record: RunRecord, now: float) -> Iterator[Waste]:
     folder = folder_of(record)
     if folder.copy is not None:
-        yield from _of_ended_in_store(record, folder)
+        yield from _of_ended_in_store(record, folder, now)
         return
     for path in sorted(folder.root.rglob("*")):
         if not path.is_file() or path.is_relative_to(folder.root / "trials") or not _is_old(path, now):
             continue
-        is_alone = path.parent == folder.checkpoints and path.suffix == ".pt" and not path.with_suffix(".json").exists()
+        commit = commit_name(path.name) if path.parent == folder.checkpoints else None
+        is_alone = commit is not None and not path.with_name(commit).exists()
         if _PARTIAL_NAME.fullmatch(path.name) or is_alone:
             yield Waste(PARTIAL, str(path), path.stat().st_size, record.name)
         elif path.suffix == ".damaged":
@@ -179,14 +180,16 @@ def _of_ended(record: RunRecord, now: float) -> Iterator[Waste]:
             yield Waste(RAY, str(state), _size(state), record.name)
 
 
-def _of_ended_in_store(record: RunRecord, folder: RunFolder) -> Iterator[Waste]:
+def _of_ended_in_store(record: RunRecord, folder: RunFolder, now: float) -> Iterator[Waste]:
     store = RunStore(folder.location)
     try:
         there = patiently(lambda: store.entries(CHECKPOINTS), str(store), _STORE_LIMIT_S)
     except StoreError:
         return
     for name, entry in sorted(there.items()):
-        if name.endswith(".pt") and f"{Path(name).stem}.json" not in there:
+        commit = commit_name(name)
+        is_old = entry.time is not None and now - entry.time > _OLD_S
+        if commit is not None and commit not in there and is_old:
             yield Waste(PARTIAL, store.child(f"{CHECKPOINTS}/{name}"), entry.num_bytes, record.name)
 
 
@@ -228,7 +231,7 @@ def _copies(living: Iterable[RunRecord], now: float) -> Iterator[Waste]:
 
 def _is_unsent(folder: Path) -> bool:
     """Whether a loop was killed here before all its checkpoints were in the store."""
-    here = [Path(checkpoint.path).name for checkpoint in list_checkpoints(folder / "work" / CHECKPOINTS)]
+    here = [checkpoint.commit.name for checkpoint in list_checkpoints(folder / "work" / CHECKPOINTS)]
     place = folder / "url"
     if not here or not place.exists():
         return bool(here)
@@ -237,7 +240,7 @@ def _is_unsent(folder: Path) -> bool:
         there = patiently(lambda: store.entries(CHECKPOINTS), str(store), _STORE_LIMIT_S)
     except DabError:
         return True
-    return max(here) > max((name for name in there if name.endswith(".pt")), default="")
+    return max(here) > max((name for name in there if name.endswith(".json")), default="")
 
 
 def _is_locked(file: Path) -> bool:

@@ -16,6 +16,7 @@ from training import kill, small_spec, start_torchrun, torchrun
 from dabnn.checkpoints import CheckpointWriter, Moment, best_checkpoint, list_checkpoints, load_state, restore_point
 from dabnn.distributed import World
 from dabnn.errors import DabError, InvalidInputError
+from dabnn.observer import Unwatched
 from dabnn.run_copy import local_name
 from dabnn.run_folder import RunFolder
 from dabnn.run_mirror import RunMirror
@@ -109,6 +110,32 @@ def test_the_store_keeps_what_retention_keeps(server: S3Server, mirrors: Callabl
         "step-00000004.json", "step-00000004.pt", "step-00000005.json", "step-00000005.pt",
     ]  # fmt: skip
     assert not mirror.folder.root.exists()
+
+
+def test_a_step_that_is_saved_again_is_whole_in_the_store_at_any_time(
+    server: S3Server, mirrors: Callable[..., RunMirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = mirrors(poll_s=60.0)
+    save(mirror.folder, 1)
+    mirror.settle()
+    save(mirror.folder, 1, other=torch.ones(3))
+    send = RunStore.send
+
+    def load() -> list[str]:
+        return sorted(load_state(best_checkpoint(RunFolder.of(URL)).path)["net"])
+
+    with monkeypatch.context() as broken:
+        broken.setattr(RunMirror, "_send_small", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mirror.settle()
+    assert load() == ["value"]
+    monkeypatch.setattr(RunStore, "send", lambda *a: (send(*a), save(mirror.folder, 1, third=torch.ones(5))))
+    mirror.settle()
+    assert load() == ["other", "value"]
+    monkeypatch.setattr(RunStore, "send", send)
+    mirror.close()
+    assert load() == ["third", "value"]
+    assert len(server.names("runs/7f3a/checkpoints")) == 2
 
 
 def test_another_machine_goes_on_from_the_newest_checkpoint_and_its_metrics(
@@ -487,6 +514,25 @@ def test_a_store_that_is_full_in_mid_training_ends_the_run_with_the_reason(
     found = list_checkpoints(RunFolder.of(URL).fresh())
     assert found
     load_state(found[-1].path)
+
+
+class Breaking(Unwatched):
+    """A watch that breaks the loop while the checkpoint of the third step is written."""
+
+    def alive(self, step: int) -> None:
+        if step == 4:
+            raise ZeroDivisionError
+
+
+def test_the_checkpoint_that_is_written_when_the_loop_breaks_is_brought_into_the_store(
+    server: S3Server, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = CheckpointWriter._write
+    monkeypatch.setattr(CheckpointWriter, "_write", lambda *arguments: (time.sleep(1), write(*arguments)))
+    spec = small_spec(digits, checkpoint=CheckpointPolicy(every_steps=3))
+    with pytest.raises(ZeroDivisionError):
+        train(spec, RunFolder.of(URL), world=World.current(), watch=Breaking())
+    assert steps_in(server) == ["step-00000003"]
 
 
 def test_wrong_credentials_end_a_run_before_its_first_step(

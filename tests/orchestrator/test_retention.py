@@ -48,7 +48,8 @@ def fill(folder: Path) -> None:
     for name in (
         "checkpoints/step-00000004.pt", "checkpoints/step-00000004.json", "metrics.jsonl", "notes.txt",
         "checkpoints/step-00000005.pt", "checkpoints/step-00000006.tmp", ".progress.json.4711", "ray/state",
-        "checkpoints/step-00000002.pt.damaged", "trials/a/.progress.json.12",
+        "checkpoints/step-00000002.pt.damaged", "trials/a/.progress.json.12", "checkpoints/step-00000004-0123abcd.pt",
+        "checkpoints/step-00000003-0123abcd.pt",
     ):  # fmt: skip
         write(folder / name)
 
@@ -59,6 +60,7 @@ def test_what_a_kill_left_in_the_folder_of_an_ended_run_is_freed_and_the_rest_st
     found = find_waste([done], [], now=time.time() + LATER_S)
     assert sorted((waste.kind, Path(waste.place).name) for waste in found) == sorted(
         [
+            (PARTIAL, "step-00000003-0123abcd.pt"),
             (PARTIAL, "step-00000005.pt"),
             (PARTIAL, "step-00000006.tmp"),
             (PARTIAL, ".progress.json.4711"),
@@ -70,8 +72,11 @@ def test_what_a_kill_left_in_the_folder_of_an_ended_run_is_freed_and_the_rest_st
     free(found)
     left = sorted(path.name for path in (home / "run").rglob("*") if path.is_file())
     assert left == sorted(
-        ["step-00000004.pt", "step-00000004.json", "metrics.jsonl", "notes.txt", "job.json", ".progress.json.12"]
-    )
+        [
+            "step-00000004.pt", "step-00000004-0123abcd.pt", "step-00000004.json", "metrics.jsonl", "notes.txt",
+            "job.json", ".progress.json.12",
+        ]
+    )  # fmt: skip
 
 
 def test_what_may_still_be_written_is_left_alone(home: Path) -> None:
@@ -150,6 +155,7 @@ def test_runs_in_a_store_are_freed_and_copies_of_them_too(
         done, gone = record("s3://bucket/done"), record("s3://bucket/gone", run_id="c")
         write(server.objects / "done/checkpoints/step-00000005.pt")
         RunFolder.of("s3://bucket/done").fresh()
+        assert find(done, after_s=60) == []
         found = find_waste([done], [gone], now=time.time() + LATER_S)
         assert [(waste.kind, waste.place) for waste in found[:2]] == [
             (DELETED, "s3://bucket/gone"),
@@ -172,7 +178,7 @@ def test_a_copy_in_use_or_with_what_is_not_in_the_store_is_kept(
         mirror = RunMirror("s3://bucket/done", cache / "work", retry_s=1, poll_s=60)
         mirror.begin()
         assert find(done) == []
-        commit = {"path": "x", "step": 5, "epoch": 1, "metrics": {}, "sha256": "", "num_bytes": 5}
+        commit = {"path": "step-00000005.pt", "step": 5, "epoch": 1, "metrics": {}, "sha256": "", "num_bytes": 5}
         write(cache / "work/checkpoints/step-00000005.pt")
         write(cache / "work/checkpoints/step-00000005.json", json.dumps(commit))
         mirror._closing.set()
@@ -180,6 +186,7 @@ def test_a_copy_in_use_or_with_what_is_not_in_the_store_is_kept(
         for thread in mirror._threads:
             thread.join()
         assert find(done) == []
-        write(server.objects / "done/checkpoints/step-00000005.pt")
+        write(server.objects / "done/checkpoints/step-00000005.pt")  # the upload of its commit broke off
+        assert [kind for kind, _ in find(done)] == [PARTIAL]
         write(server.objects / "done/checkpoints/step-00000005.json")
         assert [kind for kind, _ in find(done)] == [COPY]
