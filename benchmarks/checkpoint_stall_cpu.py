@@ -6,8 +6,8 @@ resnetfbin18 on digits of 32 pixels, one process, one thread. The attempts take 
 every ten steps in a folder, and the same with the folder behind `s3://` on a server of this machine (left out where
 s3fs is missing). A step is measured from its end to the end of the next one, so that the stall of a checkpoint is all
 that happens between two steps: looking for values that are not finite, the copy, the start of the thread. Beside it,
-what `torch.save` and `fsync` in the training thread would take. On a machine that others use as well, the processor
-time of the training thread tells more than the clock.
+what `torch.save` and `fsync` in the training thread would take. The clock decides; on a machine that others use as well
+it includes waiting for them, which the processor time of the training thread leaves out.
 """
 
 import math
@@ -131,9 +131,17 @@ def main() -> None:
         "checkpoint_stall_cpu", rows, state_mb=newest.num_bytes / 1e6, model=MODEL, threads=1, turns=TURNS,
         every_steps=EVERY, limit_ms=LIMIT_MS, **again,
     )  # fmt: skip
-    worst = max(each["stall_cpu_max_ms"] for each in rows)
-    verdict = "within" if worst <= LIMIT_MS else "above"
-    print(f"processor time of the longest stall: {math.ceil(worst)} ms, {verdict} the {LIMIT_MS:.0f} ms aimed at")
+    print(verdict_of(rows))
+
+
+def verdict_of(rows: list[dict[str, Any]]) -> str:
+    """Say whether the longest stall by the clock, of the attempts with checkpoints, is within the limit."""
+    worst = max((each for each in rows if each["checkpoints"] != "none"), key=lambda each: float(each["stall_max_ms"]))
+    verdict = "within" if worst["stall_max_ms"] <= LIMIT_MS else "above"
+    return (
+        f"longest stall: {math.ceil(worst['stall_max_ms'])} ms ({math.ceil(worst['stall_cpu_max_ms'])} ms of processor "
+        f"time), {verdict} the {LIMIT_MS:.0f} ms aimed at"
+    )
 
 
 def start_store(stack: ExitStack, root: Path) -> bool:

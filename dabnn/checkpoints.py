@@ -2,7 +2,9 @@
 
 A checkpoint is `step-00000120.pt` beside `step-00000120.json`. The JSON file is written last and is the commit: a
 checkpoint without it, or whose checksum differs, is never chosen. File and name of the first are with the disk (or the
-server of a network folder) before the second is begun, so a crash of the machine cannot leave a commit alone. Retention
+server of a network folder) before the second is begun, so a crash of the machine cannot leave a commit alone. Data that
+was committed is never overwritten: that of a step that is saved again has a part of its checksum in its name, as in
+`step-00000120-1f0e9a3b.pt`, and the commit, which names its data, is replaced when it is there. Retention
 keeps the newest k, the best k, and the end of each stage. Only the last stage of a run has checkpoints that count as
 best: the accuracy of a float stage says nothing about the binary network that the run is for. Checkpoints behind a URL
 are listed and loaded as others are; how they come there is told in `dabnn.run_mirror`.
@@ -16,6 +18,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -39,6 +42,7 @@ BEST_METRIC = "val_top1"
 # Without these a checkpoint says nothing of its network.
 _NEEDED = ("net", "model")
 _NUM_KEYS_TOLD = 6
+_DATA_NAME = re.compile(r"(step-\d+)(-[0-9a-f]{8})?\.pt")
 _FETCH_LIMIT_S = 120.0
 
 
@@ -47,7 +51,7 @@ class Checkpoint:
     """One committed checkpoint.
 
     Attributes:
-        path: The `.pt` file.
+        path: The `.pt` file; in a commit file its name.
         step: Optimizer steps taken.
         epoch: Epochs finished.
         metrics: Metrics of the last finished epoch; empty for one taken in mid-epoch.
@@ -67,6 +71,16 @@ class Checkpoint:
     stage: int = 1
     num_stages: int = 1
     ends_stage: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return Path(self.path).name
+
+    @property
+    def commit(self) -> Path:
+        """The commit file of one on this machine."""
+        return Path(self.path).with_name(f"{_stem(self.step)}.json")
 
     @property
     def is_deliverable(self) -> bool:
@@ -102,7 +116,7 @@ def list_checkpoints(folder: Path | RunFolder) -> list[Checkpoint]:
         found = list_checkpoints(folder.checkpoints)
         if folder.copy is None:
             return found
-        names = [f"{folder.checkpoints.name}/{Path(checkpoint.path).name}" for checkpoint in found]
+        names = [f"{folder.checkpoints.name}/{checkpoint.name}" for checkpoint in found]
         return [replace(each, path=folder.place_of(name)) for each, name in zip(found, names, strict=True)]
     found = []
     for commit in sorted(folder.glob("step-*.json")):
@@ -113,8 +127,14 @@ def list_checkpoints(folder: Path | RunFolder) -> list[Checkpoint]:
         except json.JSONDecodeError:
             _log.warning("%s: unreadable (a crash of the machine?); this checkpoint does not count", commit)
             continue
-        found.append(Checkpoint(**entry | {"path": str(commit.with_suffix(".pt"))}))
+        found.append(Checkpoint(**entry | {"path": str(commit.with_name(Path(entry["path"]).name))}))
     return found
+
+
+def commit_name(name: str) -> str | None:
+    """Return the name of the commit file of data of that name; None where a checkpoint's data is not named so."""
+    found = _DATA_NAME.fullmatch(name)
+    return None if found is None else f"{found[1]}.json"
 
 
 def best_checkpoint(folder: Path | RunFolder) -> Checkpoint:
@@ -160,7 +180,9 @@ def restore_point(folder: Path) -> Checkpoint | None:
 
     Damaged ones that are newer get the suffix `.damaged`, so that retention does not count them; the log names them.
     """
-    for checkpoint in reversed(list_checkpoints(folder)):
+    found = list_checkpoints(folder)
+    _remove_replaced(found)
+    for checkpoint in reversed(found):
         if is_intact(checkpoint):
             return checkpoint
         set_aside(checkpoint)
@@ -170,7 +192,7 @@ def restore_point(folder: Path) -> Checkpoint | None:
 def set_aside(checkpoint: Checkpoint) -> None:
     """Give the files of a damaged checkpoint another name, so that it does not count, and say so."""
     _log.warning("%s: damaged checkpoint (checksum differs); using the one before", checkpoint.path)
-    for path in (Path(checkpoint.path).with_suffix(".json"), Path(checkpoint.path)):
+    for path in (checkpoint.commit, Path(checkpoint.path)):
         if path.exists():
             path.rename(f"{path}.damaged")
 
@@ -179,15 +201,17 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """Load what `CheckpointWriter.save` was given, tensors on the CPU, without running any code of the file.
 
     Args:
-        path: Path or URL of the file. One from a URL must have the checksum of the commit file beside it, if any.
+        path: Path or URL of the file. It must have the checksum of the commit file beside it, if any.
 
     Raises:
         InvalidInputError: The file is missing or is no checkpoint, which holds `net` and `model` at least.
-        DabError: It was fetched and is damaged, or its store does not answer.
+        DabError: It is damaged, or its store does not answer.
     """
     place = shown(str(path))
+    source = io.BytesIO(_fetched(str(path))) if is_url(str(path)) else path
     try:
-        source = io.BytesIO(_fetched(str(path))) if is_url(str(path)) else path
+        if not isinstance(source, io.BytesIO):
+            _check_file(Path(source))
         state = torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InvalidInputError(f"{place}: cannot be read ({error.strerror or error}). Name another file.") from error
@@ -209,15 +233,34 @@ def _fetched(url: str) -> bytes:
     head, _, name = url.rpartition("/")
     store = RunStore(head)
     data = patiently(lambda: store.read(name), shown(url), _FETCH_LIMIT_S)
-    commit = patiently(lambda: store.read(f"{name.removesuffix('.pt')}.json"), shown(url), _FETCH_LIMIT_S)
     if data is None:
         raise InvalidInputError(f"{shown(url)}: there is no such file. Name another.")
-    if commit is not None and json.loads(commit)["sha256"] != hashlib.sha256(data).hexdigest():
-        raise DabError(
-            f"{shown(url)}: damaged (its checksum is not that of {name.removesuffix('.pt')}.json). Name another "
-            "checkpoint, or restore the file."
-        )
+    commit = commit_name(name)
+    text = None if commit is None else patiently(lambda: store.read(commit), shown(url), _FETCH_LIMIT_S)
+    _check_digest(shown(url), hashlib.sha256(data).hexdigest(), text)
     return data
+
+
+def _check_file(path: Path) -> None:
+    """Compare a file of this machine with its commit file, if it has one."""
+    commit = commit_name(path.name)
+    if commit is None or not path.with_name(commit).exists():
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _check_digest(str(path), digest, path.with_name(commit).read_bytes())
+
+
+def _check_digest(place: str, digest: str, commit: bytes | None) -> None:
+    try:
+        entry = dict(json.loads(commit or b"{}"))
+    except (ValueError, TypeError):  # torn: it commits nothing
+        return
+    if entry.get("path") == place.rpartition("/")[2] and entry["sha256"] != digest:
+        raise DabError(
+            f"{place}: damaged (its checksum is not that of {commit_name(entry['path'])}). Name another checkpoint, or "
+            "restore the file."
+        )
 
 
 def _contents(state: object, missing: Sequence[str]) -> str:
@@ -295,28 +338,46 @@ class CheckpointWriter:
 
     def _write(self, state: dict[str, Any], moment: Moment, metrics: dict[str, float]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"step-{moment.step:08d}.pt"
-        temporary = path.with_suffix(".tmp")
+        temporary = self._folder / f"{_stem(moment.step)}.tmp"
         try:
             with temporary.open("wb", buffering=0) as file:
                 sink = _Sink(file)
                 sink.save(state)
                 os.fsync(file.fileno())  # older checkpoints are removed right after
-            temporary.replace(path)
+            digest = sink.digest.hexdigest()
+            name = self._data_name(moment.step, digest)
+            temporary.replace(self._folder / name)
             sync_folder(self._folder)  # the name too must be there before the commit is
         finally:
             temporary.unlink(missing_ok=True)
-        digest = sink.digest.hexdigest()
-        entry = Checkpoint(path.name, metrics=metrics, sha256=digest, num_bytes=sink.num_bytes, **asdict(moment))
-        write_json(path.with_suffix(".json"), asdict(entry), durable=True)
+        entry = Checkpoint(name, metrics=metrics, sha256=digest, num_bytes=sink.num_bytes, **asdict(moment))
+        write_json(self._folder / entry.commit.name, asdict(entry), durable=True)
         self._remove_unneeded()
+
+    def _data_name(self, step: int, digest: str) -> str:
+        stem = _stem(step)
+        was_committed = any((self._folder / f"{stem}.{ending}").exists() for ending in ("json", "json.damaged"))
+        return f"{stem}-{digest[:8]}.pt" if was_committed else f"{stem}.pt"
 
     def _remove_unneeded(self) -> None:
         checkpoints = list_checkpoints(self._folder)
+        _remove_replaced(checkpoints)
         for checkpoint in checkpoints:
             if checkpoint not in kept(checkpoints, self._policy):
-                path = Path(checkpoint.path)
-                path.with_suffix(".json").unlink()
+                checkpoint.commit.unlink()
+                Path(checkpoint.path).unlink(missing_ok=True)
+
+
+def _stem(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _remove_replaced(checkpoints: Sequence[Checkpoint]) -> None:
+    """Remove data of steps that were saved again since."""
+    for checkpoint in checkpoints:
+        stem, folder = _stem(checkpoint.step), Path(checkpoint.path).parent
+        for path in [folder / f"{stem}.pt", *folder.glob(f"{stem}-*.pt")]:
+            if path.name != checkpoint.name:
                 path.unlink(missing_ok=True)
 
 

@@ -198,7 +198,7 @@ class RunFolder:
 
     def clear_stop(self) -> None:
         """Withdraw a stop, so that the run can be resumed."""
-        self._remove(self.control_file.name)
+        self.remove(self.control_file.name)
 
     def is_stop_requested(self) -> bool:
         """Whether a stop is asked for."""
@@ -225,12 +225,7 @@ class RunFolder:
 
     def forget_result(self) -> None:
         """Remove `result.json`, so that a new attempt cannot be mistaken for the last."""
-        self._remove("result.json")
-
-    def _remove(self, name: str) -> None:
-        (self.root / name).unlink(missing_ok=True)
-        if self.copy is not None:
-            self.copy.remove(name)
+        self.remove("result.json")
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
@@ -97,11 +98,12 @@ class RunMirror:
         self._closing = threading.Event()
         self._small_lock, self._checkpoint_lock = threading.Lock(), threading.Lock()
         self._sent: dict[str, tuple[int, int]] = {}
+        self._committed: dict[str, tuple[str, str]] = {}  # by the name of the commit: checksum and name of the data
         self._threads: list[threading.Thread] = []
         self._lock_file: IO[str] | None = None
 
     def begin(self, probe_bytes: int = 0) -> None:
-        """Take the store over, fetch what the run goes on from, and begin to send.
+        """Take the store over, make store and folder equal in what the run goes on from, and begin to send.
 
         Args:
             probe_bytes: Size of a checkpoint: where the store has none yet, so much is written there and removed again.
@@ -113,8 +115,7 @@ class RunMirror:
         self._lock()
         limit_s = min(self._retry_s, _BEGIN_LIMIT_S)
         try:
-            self._persist(lambda: self._claim(probe_bytes), limit_s)
-            self._persist(self._bring, limit_s)
+            self._persist(lambda: self._take_over(probe_bytes), limit_s)
         except DabError as error:
             self.problem = error
             self._unlock()
@@ -144,21 +145,19 @@ class RunMirror:
             StoreError: Not everything could be sent; the local folder stays, for the next attempt on this machine.
         """
         self._retry_s = self._retry_s if limit_s is None else limit_s
+        self._closing.set()
+        for thread in self._threads:  # one that still looks at the folder would take what is removed below for unneeded
+            thread.join()
         try:
             if self._threads:
                 self.settle()
                 self._persist(self._send_small)
+                shutil.rmtree(self.folder.root, ignore_errors=True)
         except StoreError as error:
             raise StoreError(
                 f"{error} What is not in the store yet is in {self.folder.root} on {socket.gethostname()}."
             ) from error
-        else:
-            if self._threads:
-                shutil.rmtree(self.folder.root, ignore_errors=True)
         finally:
-            self._closing.set()
-            for thread in self._threads:
-                thread.join()
             self._unlock()
 
     def _unlock(self) -> None:
@@ -223,6 +222,11 @@ class RunMirror:
                 root.mkdir(exist_ok=True)
                 return
 
+    def _take_over(self, probe_bytes: int) -> None:
+        self._claim(probe_bytes)
+        self._bring()
+        self._send_checkpoints()  # the other ranks load from the store what rank 0 chooses here
+
     def _claim(self, probe_bytes: int) -> None:
         """Write `owner.json`, and see whether a checkpoint finds room."""
         owner = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
@@ -237,7 +241,9 @@ class RunMirror:
         if found == self._owner:
             return
         data = self.store.read(OWNER)
-        if data is not None and json.loads(data)["id"] == self._id:
+        if data is None:
+            raise StoreAwayError(f"{OWNER} is not there")
+        if json.loads(data)["id"] == self._id:
             self._owner = found
             return
         raise StoreError(
@@ -253,7 +259,7 @@ class RunMirror:
         for name in ("attempts.jsonl", "events.jsonl"):
             self._bring_lines(name)
         for checkpoint in list_checkpoints(checkpoints):
-            commit = Path(checkpoint.path).with_suffix(".json")
+            commit = checkpoint.commit
             if commit.name not in commits and not (is_ahead and commit.name > max(commits, default="")):
                 commit.unlink()
                 Path(checkpoint.path).unlink(missing_ok=True)
@@ -287,7 +293,7 @@ class RunMirror:
             return True
         path = Path(checkpoint.path)
         path.unlink(missing_ok=True)
-        if self.store.fetch(f"{CHECKPOINTS}/{path.name}", path) == checkpoint.sha256:
+        if self.store.fetch(f"{CHECKPOINTS}/{checkpoint.name}", path) == checkpoint.sha256:
             return True
         set_aside(checkpoint)
         return False
@@ -329,45 +335,49 @@ class RunMirror:
         with self._checkpoint_lock:
             there = self.store.entries(CHECKPOINTS)
             here = list_checkpoints(self.folder.checkpoints)
+            is_equal = True
             for checkpoint in here:
-                commit = Path(checkpoint.path).with_suffix(".json")
-                with suppress(FileNotFoundError):  # retention removed it in between
-                    if self._is_to_be_sent(checkpoint, commit, there):
-                        self._send_checkpoint(checkpoint, commit)
-            self._remove_unneeded(there)
+                try:
+                    if self._is_to_be_sent(checkpoint, there):
+                        self._send_checkpoint(checkpoint)
+                except FileNotFoundError:  # retention removed it, or it was saved again: the next look sees that
+                    is_equal = False
+            if is_equal:
+                self._remove_unneeded(here, there)
 
-    def _is_to_be_sent(self, checkpoint: Checkpoint, commit: Path, there: dict[str, Entry]) -> bool:
-        """Whether the store lacks it, or has what was written in that step before the run went back."""
-        if commit.name not in there:
+    def _is_to_be_sent(self, checkpoint: Checkpoint, there: dict[str, Entry]) -> bool:
+        """Whether the store lacks it, or has what was written in that step before."""
+        name, state = checkpoint.commit.name, (checkpoint.sha256, checkpoint.name)
+        if name not in there:
             return True
-        name, stat = f"{CHECKPOINTS}/{commit.name}", commit.stat()
-        now = (stat.st_mtime_ns, stat.st_size)
-        if self._sent.get(name) == now:
+        if self._committed.get(name) == state:
             return False
-        data = self.store.read(name)
-        if data is not None and json.loads(data)["sha256"] == checkpoint.sha256:
-            self._sent[name] = now
-            return False
-        return True
+        data = self.store.read(f"{CHECKPOINTS}/{name}")
+        found = {} if data is None else json.loads(data)
+        if (found.get("sha256"), found.get("path")) != state:
+            return True
+        self._committed[name] = state
+        return False
 
-    def _send_checkpoint(self, checkpoint: Checkpoint, commit: Path) -> None:
+    def _send_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Send the data, then what a run resumed from it would not write again, then the commit."""
-        path = Path(checkpoint.path)
         began = time.monotonic()
-        stat = commit.stat()
-        self.store.send(path, f"{CHECKPOINTS}/{path.name}")
+        self._check_owner(self.store.entries().get(OWNER))
+        self.store.send(Path(checkpoint.path), f"{CHECKPOINTS}/{checkpoint.name}")
         self._send_small()
-        self.store.send(commit, f"{CHECKPOINTS}/{commit.name}")
-        self._sent[f"{CHECKPOINTS}/{commit.name}"] = (stat.st_mtime_ns, stat.st_size)
-        _log.info("%s is in %s (%.1f MB in %.1f s)", path.name, self.store, checkpoint.num_bytes / 1e6,
+        # Not the file, which may be that of other data by now.
+        commit = json.dumps(asdict(checkpoint) | {"path": checkpoint.name})
+        self.store.write(f"{CHECKPOINTS}/{checkpoint.commit.name}", commit.encode())
+        self._committed[checkpoint.commit.name] = (checkpoint.sha256, checkpoint.name)
+        _log.info("%s is in %s (%.1f MB in %.1f s)", checkpoint.name, self.store, checkpoint.num_bytes / 1e6,
                   time.monotonic() - began)  # fmt: skip
 
-    def _remove_unneeded(self, there: dict[str, Entry]) -> None:
-        """Remove from the store what retention removed here, commits first, and what an attempt left half sent."""
-        kept = {Path(checkpoint.path).stem for checkpoint in list_checkpoints(self.folder.checkpoints)}
-        newest = max(kept, default="")
+    def _remove_unneeded(self, here: list[Checkpoint], there: dict[str, Entry]) -> None:
+        """Remove from the store what is not of the checkpoints here, all of which it has; commits first."""
+        kept = {name for checkpoint in here for name in (checkpoint.commit.name, checkpoint.name)}
+        newest = max((checkpoint.commit.stem for checkpoint in here), default="")
         # What is newer than anything here would be that of an attempt that took over in between.
-        unneeded = [name for name in there if name.partition(".")[0] not in kept and name.partition(".")[0] < newest]
+        unneeded = [name for name in there if name not in kept and name[: len(newest)] <= newest] if newest else []
         if unneeded:
             self._check_owner(self.store.entries().get(OWNER))
         for name in sorted(unneeded, key=lambda name: not name.endswith(".json")):

@@ -13,7 +13,8 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -31,8 +32,8 @@ _REFUSED = {
     "memory": "is the memory of one process",
 }
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 5, 60
+_TIMES = ("mtime", "LastModified", "updated", "created")  # as fsspec's packages name it
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
-_CHUNK_BYTES = 1 << 20
 _FULL_CODES = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "StorageFull", "507"})
 _REFUSAL_CODES = frozenset({"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"})
 _REFUSALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"})
@@ -60,10 +61,12 @@ class Entry:
     Attributes:
         num_bytes: Its size.
         mark: Changes when the file does.
+        time: When it was written, in seconds since 1970; None where the store does not say.
     """
 
     num_bytes: int
     mark: str
+    time: float | None = field(default=None, compare=False)
 
 
 def check_url(url: str) -> None:
@@ -133,7 +136,7 @@ class RunStore:
             StoreError: It refuses, or there is no such bucket.
         """
         return {
-            _last(entry): Entry(int(entry["size"] or 0), _mark(entry))
+            _last(entry): Entry(int(entry["size"] or 0), _mark(entry), _time(entry))
             for entry in self._list(folder)
             if entry["type"] == "file"
         }
@@ -186,7 +189,12 @@ class RunStore:
         """
         if not path.exists():
             raise FileNotFoundError(str(path))
-        self._put(name, lambda files, place: files.put_file(str(path), place))
+        try:
+            self._put(name, lambda files, place: files.put_file(str(path), place))
+        except StoreAwayError:
+            if path.exists():
+                raise
+            raise FileNotFoundError(str(path)) from None
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there; see `entries` for what is raised."""
@@ -210,16 +218,18 @@ class RunStore:
         head, _, last = place.rpartition("/")
         is_whole = self._scheme in _OBJECT_STORES
 
-        def act(files: Any) -> None:
+        def act(files: Any) -> bool:
             if is_whole:
                 put(files, place)
-                return
+                return True
             files.makedirs(head, exist_ok=True)
             part = f"{head}/.{last}.{os.getpid()}"
             put(files, part)
             files.mv(part, place)
+            return True
 
-        self._ask(act, None)
+        if not self._ask(act, False):
+            raise StoreAwayError(f"{name} was not taken: not found")
 
     def _ask(self, call: Callable[[Any], Any], absent: Any, *, is_local: bool = False) -> Any:
         """Return what `call` returns, or `absent` where there is no such file.
@@ -336,8 +346,20 @@ def _last(entry: dict[str, Any]) -> str:
     return str(entry["name"]).rstrip("/").rpartition("/")[2]
 
 
+def _time(entry: dict[str, Any]) -> float | None:
+    for key in _TIMES:
+        value = entry.get(key)
+        with suppress(ValueError):
+            value = datetime.fromisoformat(value) if isinstance(value, str) else value
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None
+
+
 def _mark(entry: dict[str, Any]) -> str:
-    for key in ("ETag", "etag", "mtime", "LastModified", "updated", "created"):
+    for key in ("ETag", "etag", *_TIMES):
         if entry.get(key):
             return f"{entry['size']} {entry[key]}"
     return str(entry["size"])

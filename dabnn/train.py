@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from dabnn.agreement import is_agreed
@@ -232,9 +231,11 @@ class _Loop:
         return Learner(self.spec, self.stage, self.world, teacher)
 
     def close(self) -> None:
-        """End the loader processes."""
+        """End the loader processes, and have the checkpoint that is being written."""
         for stream in self.streams:
             stream.close()
+        with contextlib.suppress(DabError):  # `_result` has told it, or what ended the loop counts
+            self.writer.wait()
 
     def _train_epoch(self) -> tuple[Verdict, str]:
         stream, done = self.train_stream, self.position.step_in_epoch
@@ -413,7 +414,7 @@ class _Loop:
 
     def _restore(self, found: Checkpoint | None) -> None:
         """Build what `found` was saved from and go on from there, or begin; every stream is opened."""
-        state = load_state(self.folder.place_of(f"checkpoints/{Path(found.path).name}")) if found else {}
+        state = load_state(self.folder.place_of(f"checkpoints/{found.name}")) if found else {}
         self.position = Position(**state["position"]) if found else Position()
         if self.position.stage >= len(self.spec.parts):
             raise InvalidInputError(f"train.stages: the run was in stage {self.position.stage + 1}, which is gone.")

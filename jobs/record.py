@@ -29,15 +29,20 @@ def record_start(job: Job, follower: tracking.MetricFollower | None = None) -> N
         job: The run's job.
         follower: Tells a tracker that is away when it is back. Without it, such a tracker hears of the run's end only.
     """
-
-    def tell() -> None:
-        tracking.set_tags(job.tracking_uri, job.run_id, {"dab.attempt": str(job.attempt)})
-        tracking.set_status(job.tracking_uri, job.run_id, "running")
-
     if follower is None:
-        _tolerate(tell)
+        _tolerate(lambda: tell_start(job))
     else:
-        follower.owe(tell)
+        follower.owe(lambda: tell_start(job))
+
+
+def tell_start(job: Job) -> None:
+    """Mark the run as running and name its attempt.
+
+    Raises:
+        DabError: The tracker is away or refuses.
+    """
+    tracking.set_tags(job.tracking_uri, job.run_id, {"dab.attempt": str(job.attempt)})
+    tracking.set_status(job.tracking_uri, job.run_id, "running")
 
 
 def leave_result(folder: RunFolder, result: dict[str, Any]) -> None:
@@ -49,19 +54,29 @@ def leave_result(folder: RunFolder, result: dict[str, Any]) -> None:
 
 
 def record_end(job: Job, result: dict[str, Any]) -> None:
-    """Record checkpoints, the digest of the weights, the message and the final status."""
+    """Record how a run ended; what a tracker that is away misses, `dab status` completes."""
+    _tolerate(lambda: tell_end(job, result))
+
+
+def tell_end(job: Job, result: dict[str, Any]) -> None:
+    """Record checkpoints, the digest of the weights, the message, and last the status: with it the record is whole.
+
+    Raises:
+        DabError: The tracker is away or refuses.
+    """
     checkpoints = [asdict(checkpoint) for checkpoint in _checkpoints(job.run_folder)]
     tags = {"dab.message": result.get("message", ""), "dab.weights_sha256": result.get("weights_sha256", "")}
     uri, run_id = job.tracking_uri, job.run_id
-    _tolerate(lambda: tracking.log_json(uri, run_id, "checkpoints.json", checkpoints))
-    _tolerate(lambda: tracking.set_tags(uri, run_id, {key: value for key, value in tags.items() if value}))
-    _tolerate(lambda: tracking.set_status(uri, run_id, result["status"]))
+    tracking.log_json(uri, run_id, "checkpoints.json", checkpoints)
+    tracking.set_tags(uri, run_id, {key: value for key, value in tags.items() if value})
+    tracking.set_status(uri, run_id, result["status"])
 
 
 def record_best(sweep: Job, best: Job, metrics: dict[str, float], step: int) -> None:
-    """Name the best trial of a sweep, and record its metrics as the sweep's own."""
+    """Name the best trial of a sweep, if it has a run, and record its metrics as the sweep's own."""
     uri, run_id = sweep.tracking_uri, sweep.run_id
-    _tolerate(lambda: tracking.set_tags(uri, run_id, {"dab.best_run": best.run_id}))
+    if best.run_id:
+        _tolerate(lambda: tracking.set_tags(uri, run_id, {"dab.best_run": best.run_id}))
     _tolerate(lambda: tracking.log_metrics(uri, run_id, metrics, step=step))
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dabnn.errors import DabError, PassingError
@@ -72,10 +72,12 @@ def following(job: Job) -> Iterator[MetricFollower]:
     """Within the block the run counts as running and its metrics go to MLflow; unsent ones are counted at its end."""
     follower = MetricFollower(job.tracking_uri)
     record_start(job, follower)
-    follower.follow(job.run_folder.metrics_file, job.run_id)
+    follower.follow(job.run_folder, job.run_id)
     try:
         yield follower
     finally:
+        with suppress(DabError):
+            job.run_folder.fresh()
         unsent = follower.close(timeout_s=FLUSH_TIMEOUT_S)
         if unsent:
             say(f"{unsent} lines of metrics could not be sent to {job.tracking_uri}; they are kept in {job.folder}")
@@ -95,21 +97,24 @@ def printing_progress(folder: RunFolder) -> Iterator[None]:
 
 
 def _print_progress(folder: RunFolder, done: threading.Event) -> None:
-    printed_epochs = len(folder.metrics())
-    printed_at, shown = time.monotonic(), folder.progress()
+    printed_at, printed_epochs, shown = time.monotonic(), -1, dict[str, Any]()
+    is_last = False
     while True:
-        is_last = done.wait(PROGRESS_POLL_S)
-        for line in folder.metrics()[printed_epochs:]:
-            say(epoch_line(line))
-            printed_epochs += 1
-            printed_at = time.monotonic()
-        progress = folder.progress()
-        is_due = time.monotonic() - printed_at >= PROGRESS_LINE_S
-        if is_due and progress != shown and progress["epoch"] < progress["epochs"]:
-            say(progress_line(progress))
-            printed_at, shown = time.monotonic(), progress
+        with suppress(DabError):  # its store refuses: the loop tells of that
+            lines, progress = folder.metrics(), folder.progress()
+            if printed_epochs < 0:
+                printed_epochs, shown = len(lines), progress
+            for line in lines[printed_epochs:]:
+                say(epoch_line(line))
+                printed_epochs += 1
+                printed_at = time.monotonic()
+            is_due = time.monotonic() - printed_at >= PROGRESS_LINE_S
+            if is_due and progress != shown and progress["epoch"] < progress["epochs"]:
+                say(progress_line(progress))
+                printed_at, shown = time.monotonic(), progress
         if is_last:
             return
+        is_last = done.wait(PROGRESS_POLL_S)
 
 
 def epoch_line(line: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dabnn.errors import DabError, InvalidInputError
+from dabnn.run_folder import RunFolder
 from orchestrator.home import read_record, write_private
 from orchestrator.mlflow_client import is_reachable, is_refusal, unchecked_client
 
@@ -49,6 +50,7 @@ class _Tail:
         last_steps: Per metric the last step sent. A run that restarts from a checkpoint writes steps again.
         seam: Digest of the last bytes before `offset`.
         is_refused: The server wants nothing for this run: it was deleted there.
+        folder: The run's, brought up to date before its file is read; None where the file is read as it lies.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class _Tail:
     last_steps: dict[str, int] = field(default_factory=dict)
     seam: str = ""
     is_refused: bool = False
+    folder: RunFolder | None = None
 
     @property
     def state_path(self) -> Path:
@@ -77,6 +80,9 @@ class _Tail:
 
     def lines(self, limit: int | None) -> list[bytes]:
         """Return whole lines after `offset`; one that is still being written is left for later."""
+        if self.folder is not None:
+            with contextlib.suppress(DabError):  # its store refuses: the loop tells of that
+                self.folder.refresh()
         try:
             with self.path.open("rb") as file:
                 if file.seek(0, 2) < self.offset or (self.seam and _seam(file, self.offset) != self.seam):
@@ -96,6 +102,8 @@ class MetricFollower:
     """
 
     def __init__(self, uri: str, *, poll_s: float = 0.5) -> None:
+        import mlflow.tracking  # noqa: F401 - in the thread, beside the imports of others, it ended in a deadlock
+
         self._uri = uri
         self._poll_s = poll_s
         self._tails: list[_Tail] = []
@@ -106,12 +114,18 @@ class MetricFollower:
         self._thread = threading.Thread(target=self._run, name="dab-metrics", daemon=True)
         self._thread.start()
 
-    def follow(self, path: Path, run_id: str) -> None:
-        """Follow a metrics file, from where a follower before came to; it need not exist yet."""
-        tail = _Tail(path, run_id)
+    def follow(self, place: Path | RunFolder, run_id: str) -> None:
+        """Follow a metrics file, or that of a run, from where a follower before came to; it need not exist yet."""
+        tail = _Tail(place, run_id) if isinstance(place, Path) else _Tail(place.metrics_file, run_id, folder=place)
         with contextlib.suppress(OSError):  # then lines are sent twice, which does no harm
             tail.restore()
         self._tails.append(tail)
+
+    def rest(self, run_id: str) -> None:
+        """Send what is there of a run that has ended, and ask its store for no more."""
+        for tail in self._tails:
+            if tail.run_id == run_id:
+                tail.folder = None
 
     def owe(self, call: Callable[[], None]) -> None:
         """Make a call to the server as soon as it answers, in the order in which calls are owed, before any metrics.
@@ -135,7 +149,7 @@ class MetricFollower:
         delay_s = self._poll_s
         while True:
             is_closing = self._closing.is_set()  # before sending: what was written before close() is then seen
-            is_done = self._send_all()
+            is_done = self._send_guarded()
             if is_closing:
                 if is_done or time.monotonic() > self._deadline:
                     return
@@ -144,16 +158,23 @@ class MetricFollower:
                 delay_s = self._poll_s if is_done else min(2 * delay_s, _MAX_DELAY_S)
                 self._closing.wait(delay_s)
 
+    def _send_guarded(self) -> bool:
+        try:
+            return self._send_all()
+        except Exception:  # noqa: BLE001 - the thread must live on: whatever it was, the run's folder keeps the record
+            _log.exception("metrics could not be sent to %s; this is tried again", self._uri)
+            return False
+
     def _send_all(self) -> bool:
         """Send all whole lines of all files; return whether that succeeded. A run that fails holds up no other."""
         from mlflow.exceptions import MlflowException
 
+        is_done = True
         try:
             self._make_owed_calls()
-        except DabError as error:
+        except (DabError, OSError) as error:  # metrics go on: the store of the server's files alone may be away
             self._warn_away(error)
-            return False
-        is_done = True
+            is_done = False
         for tail in list(self._tails):
             try:
                 while not tail.is_refused and (lines := tail.lines(_MAX_LINES_PER_CALL)):
@@ -176,6 +197,10 @@ class MetricFollower:
                 self._owed[0]()
             except InvalidInputError as error:
                 _log.warning("%s (not tried again)", error)
+            except (DabError, OSError):
+                raise
+            except Exception:  # noqa: BLE001 - a bug in one call must not hold up the others
+                _log.exception("a call to %s failed; it is not tried again", self._uri)
             self._owed.popleft()
 
     def _send(self, tail: _Tail, lines: list[bytes]) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dabnn.checkpoints import list_checkpoints
+from dabnn.checkpoints import commit_name, list_checkpoints
 from dabnn.errors import DabError
 from dabnn.run_copy import CHECKPOINTS, cache_folder, local_name
 from dabnn.run_folder import RunFolder
@@ -24,7 +24,6 @@ from orchestrator.home import home_path
 from orchestrator.origin import FILE as ORIGIN
 from orchestrator.output import Report, Table, View
 from orchestrator.tracking import RunRecord
-from orchestrator.tracking_server import tracking_status
 
 PARTIAL = "partial file"
 DELETED = "deleted run"
@@ -38,7 +37,6 @@ _MOVING_S = 120.0  # a loop that trains has written its progress since
 _STORE_LIMIT_S = 20.0
 # Temporary names of dabnn.run_folder, dabnn.checkpoints, dabnn.run_store, orchestrator.home and orchestrator.package.
 _PARTIAL_NAME = re.compile(r"\..+\.[0-9]+(-[0-9]+)?|step-[0-9]+\.tmp|\..+\.json-.{8}|\.partial-.*|\.probe.*")
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,12 @@ class Waste:
         return self.kind != PARTIAL
 
 
-def find_waste(
-    records: list[RunRecord], deleted: list[RunRecord], *, is_own_tracker: bool, now: float | None = None
-) -> list[Waste]:
+def find_waste(records: list[RunRecord], deleted: list[RunRecord], *, now: float | None = None) -> list[Waste]:
     """Return what no run needs. What is not known to be unneeded is kept.
 
     Args:
         records: All runs of the tracker, with the status that their jobs give them.
         deleted: Those that were deleted there.
-        is_own_tracker: Whether the runs in DAB_HOME are recorded there, so that those that it does not know are gone.
         now: Seconds since 1970; None is the time of the call.
     """
     now = time.time() if now is None else now
@@ -79,10 +74,8 @@ def find_waste(
     living = {record.run_id for record in ours if _may_live(record, now)}
     living |= {record.parent for record in ours if record.run_id in living and record.parent}
     ended = [record for record in ours if not {record.run_id, record.parent} & living]
-    known = {record.run_id for record in (*records, *deleted)}
     return [
         *_of_deleted([record for record in deleted if "dab.folder" in record.tags], records, living, now),
-        *(_of_purged(known, now) if is_own_tracker else ()),
         *(waste for record in ended for waste in _of_ended(record, now)),
         *_of_home(now),
         *_packages(ours, now),
@@ -103,7 +96,7 @@ def collect(uri: str, *, is_dry: bool, has_consent: bool) -> View:
     """
     records = runs.list_runs(uri)
     deleted = [runs.as_it_stands(record) for record in tracking.find_deleted_runs(uri)]
-    found = find_waste(records, deleted, is_own_tracker=tracking_status().uri == uri)
+    found = find_waste(records, deleted)
     wanted = [waste for waste in found if not is_dry and (has_consent or not waste.needs_consent)]
     left = [waste for waste in found if waste not in wanted]
     free(wanted)
@@ -167,27 +160,16 @@ def _of_deleted(deleted: Iterable[RunRecord], others: list[RunRecord], living: s
                 yield Waste(DELETED, folder.location, _num_bytes(folder), record.name)
 
 
-def _of_purged(known: set[str], now: float) -> Iterator[Waste]:
-    """Yield the folders of runs that were deleted and then purged from this machine's own tracker."""
-    for root in sorted((home_path() / "storage").glob("*")):
-        folder = RunFolder(root)
-        if not _RUN_ID.fullmatch(root.name) or root.name in known or not _is_old(root, now):
-            continue
-        job = folder.load_json("job.json")
-        was_here = re.match(r"http://(127\.|localhost)", str(job.get("tracking_uri", "")))
-        if job.get("run_id") == root.name and was_here:
-            yield Waste(DELETED, str(root), _num_bytes(folder), str(job.get("name", "")))
-
-
 def _of_ended(record: RunRecord, now: float) -> Iterator[Waste]:
     folder = folder_of(record)
     if folder.copy is not None:
-        yield from _of_ended_in_store(record, folder)
+        yield from _of_ended_in_store(record, folder, now)
         return
     for path in sorted(folder.root.rglob("*")):
         if not path.is_file() or path.is_relative_to(folder.root / "trials") or not _is_old(path, now):
             continue
-        is_alone = path.parent == folder.checkpoints and path.suffix == ".pt" and not path.with_suffix(".json").exists()
+        commit = commit_name(path.name) if path.parent == folder.checkpoints else None
+        is_alone = commit is not None and not path.with_name(commit).exists()
         if _PARTIAL_NAME.fullmatch(path.name) or is_alone:
             yield Waste(PARTIAL, str(path), path.stat().st_size, record.name)
         elif path.suffix == ".damaged":
@@ -198,14 +180,16 @@ def _of_ended(record: RunRecord, now: float) -> Iterator[Waste]:
             yield Waste(RAY, str(state), _size(state), record.name)
 
 
-def _of_ended_in_store(record: RunRecord, folder: RunFolder) -> Iterator[Waste]:
+def _of_ended_in_store(record: RunRecord, folder: RunFolder, now: float) -> Iterator[Waste]:
     store = RunStore(folder.location)
     try:
         there = patiently(lambda: store.entries(CHECKPOINTS), str(store), _STORE_LIMIT_S)
     except StoreError:
         return
     for name, entry in sorted(there.items()):
-        if name.endswith(".pt") and f"{Path(name).stem}.json" not in there:
+        commit = commit_name(name)
+        is_old = entry.time is not None and now - entry.time > _OLD_S
+        if commit is not None and commit not in there and is_old:
             yield Waste(PARTIAL, store.child(f"{CHECKPOINTS}/{name}"), entry.num_bytes, record.name)
 
 
@@ -247,7 +231,7 @@ def _copies(living: Iterable[RunRecord], now: float) -> Iterator[Waste]:
 
 def _is_unsent(folder: Path) -> bool:
     """Whether a loop was killed here before all its checkpoints were in the store."""
-    here = [Path(checkpoint.path).name for checkpoint in list_checkpoints(folder / "work" / CHECKPOINTS)]
+    here = [checkpoint.commit.name for checkpoint in list_checkpoints(folder / "work" / CHECKPOINTS)]
     place = folder / "url"
     if not here or not place.exists():
         return bool(here)
@@ -256,7 +240,7 @@ def _is_unsent(folder: Path) -> bool:
         there = patiently(lambda: store.entries(CHECKPOINTS), str(store), _STORE_LIMIT_S)
     except DabError:
         return True
-    return max(here) > max((name for name in there if name.endswith(".pt")), default="")
+    return max(here) > max((name for name in there if name.endswith(".json")), default="")
 
 
 def _is_locked(file: Path) -> bool:

@@ -106,6 +106,7 @@ def create_run(
     params: Mapping[str, Any],
     tags: Mapping[str, str],
     parent: str | None = None,
+    key: str | None = None,
 ) -> str:
     """Create a queued run and return its id.
 
@@ -116,6 +117,7 @@ def create_run(
         params: Parameters; nested mappings become dotted names. A value beyond 6000 characters is cut and says so.
         tags: Tags; cut in the same way, beyond 8000.
         parent: Run id of the sweep that it belongs to.
+        key: Names the run for as long as it is tried to create it: a call that failed half way is gone on with.
     """
     from mlflow.entities import Param
 
@@ -124,7 +126,7 @@ def create_run(
         all_tags[_PARENT] = parent
     entities = [Param(key, _cut(_text(value), _MAX_PARAM_CHARS)) for key, value in _flat(params)]
     with connected(uri) as client:
-        run = _create(client, _experiment_id(client, experiment), name, all_tags)
+        run = _create(client, _experiment_id(client, experiment), name, all_tags, key)
         run_id = str(run.info.run_id)
         client.update_run(run_id, status=_TO_MLFLOW["queued"])
         for begin in range(0, len(entities), _MAX_PARAMS_PER_CALL):
@@ -132,11 +134,15 @@ def create_run(
     return run_id
 
 
-def _create(client: "MlflowClient", experiment_id: str, name: str, tags: dict[str, str]) -> "Run":
+def _create(
+    client: "MlflowClient", experiment_id: str, name: str, tags: dict[str, str], key: str | None = None
+) -> "Run":
     """Create a run once: where the answer is lost, the run is looked for by its key before it is asked for again."""
     from mlflow.exceptions import MlflowException
 
-    key = secrets.token_hex(8)
+    if key is not None and (found := _search(client, [experiment_id], f"tags.`{_KEY}` = '{key}'")):
+        return found[0]
+    key = key or secrets.token_hex(8)
     for _ in range(_CREATE_ATTEMPTS - 1):
         try:
             return client.create_run(experiment_id, run_name=name, tags=tags | {_KEY: key})

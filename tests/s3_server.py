@@ -179,9 +179,10 @@ class Handler(BaseHTTPRequestHandler):
                 folders.add(prefix + rest.partition(delimiter)[0] + delimiter)
                 continue
             stat = path.stat()
+            written = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(stat.st_mtime))
             files.append(
                 f"<Contents><Key>{escape(name)}</Key><Size>{stat.st_size}</Size><ETag>{stat.st_mtime_ns}</ETag>"
-                "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+                f"<LastModified>{written}</LastModified></Contents>"
             )
         common = "".join(
             f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>" for name in sorted(folders)

@@ -354,7 +354,7 @@ def left_behind(trial: Trial) -> list[str]:
     found += [f"process {' '.join(each.cmdline())[:80]}" for each in trial.processes() if is_alive(each)]
     found += [f"placement group {group['placement_group_id']}" for group in trial.lab.placement_groups()]
     kept = list_checkpoints(trial.folder.checkpoints)
-    wanted = {Path(each.path).name for each in kept} | {Path(each.path).with_suffix(".json").name for each in kept}
+    wanted = {each.name for each in kept} | {each.commit.name for each in kept}
     here = {path.name for path in trial.folder.checkpoints.glob("*")}
     found += [f"file {name}" for name in sorted(here - wanted)]
     return found

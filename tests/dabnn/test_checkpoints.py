@@ -59,6 +59,53 @@ def test_damaged_checkpoints_are_set_aside_so_that_retention_keeps_good_ones(tmp
     assert (tmp_path / "step-00000002.pt.damaged").exists()
 
 
+def save(folder: Path, step: int, value: float, metrics: dict[str, float]) -> None:
+    writer = CheckpointWriter(folder, CheckpointPolicy(keep_last=1, keep_best=0))
+    writer.save({"net": {"value": torch.full((4,), value)}, "model": {}}, Moment(step, 1), metrics)
+    writer.wait()
+
+
+def test_a_step_that_is_saved_again_overwrites_nothing_before_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 7, 1.0, {})
+    with monkeypatch.context() as killed:
+        killed.setattr("dabnn.checkpoints.write_json", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save(tmp_path, 7, 2.0, {"val_top1": 50.0})
+    found = restore_point(tmp_path)
+    assert found is not None
+    assert load_state(found.path)["net"]["value"][0] == 1
+    for value in (2.0, 3.0):
+        save(tmp_path, 7, value, {"val_top1": 50.0})
+        (found,) = list_checkpoints(tmp_path)
+        assert (found.metrics, load_state(found.path)["net"]["value"][0]) == ({"val_top1": 50.0}, value)
+        assert {path.name for path in tmp_path.iterdir()} == {"step-00000007.json", found.name}
+    save(tmp_path, 8, 4.0, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000008.json", "step-00000008.pt"}
+
+
+def test_data_that_a_kill_left_beside_its_successor_goes_with_the_next_start(tmp_path: Path) -> None:
+    save(tmp_path, 7, 1.0, {})
+    first = (tmp_path / "step-00000007.pt").read_bytes()
+    save(tmp_path, 7, 2.0, {})
+    (tmp_path / "step-00000007.pt").write_bytes(first)
+    found = restore_point(tmp_path)
+    assert found is not None
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000007.json", found.name}
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0])
+def test_data_that_differs_from_its_commit_is_not_loaded(value: float, tmp_path: Path) -> None:
+    save(tmp_path, 7, 0.0, {})
+    save(tmp_path, 7, value, {})
+    path = Path(list_checkpoints(tmp_path)[0].path)
+    save(tmp_path / "other", 7, 9.0, {})
+    (tmp_path / "other" / "step-00000007.pt").replace(path)
+    with pytest.raises(DabError, match=rf"{path.name}: damaged \(its checksum is not that of step-00000007\.json\)"):
+        load_state(path)
+
+
 def test_torn_commit_is_passed_over(tmp_path: Path) -> None:
     write(tmp_path, {1: 1.0}, CheckpointPolicy())
     (tmp_path / "step-00000002.json").write_text("")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from training import kill, small_spec, start_torchrun, torchrun
 from dabnn.checkpoints import CheckpointWriter, Moment, best_checkpoint, list_checkpoints, load_state, restore_point
 from dabnn.distributed import World
 from dabnn.errors import DabError, InvalidInputError
+from dabnn.observer import Unwatched
 from dabnn.run_copy import local_name
 from dabnn.run_folder import RunFolder
 from dabnn.run_mirror import RunMirror
-from dabnn.run_store import RunStore, StoreError
+from dabnn.run_store import RunStore, StoreAwayError, StoreError
 from dabnn.spec import CheckpointPolicy, TrainSpec
 from dabnn.train import train
 
@@ -40,8 +42,8 @@ def mirrors(tmp_path: Path) -> Iterator[Callable[..., RunMirror]]:
     """Makes mirrors of a run, each with a local folder of its own as if on a machine of its own."""
     made: list[RunMirror] = []
 
-    def make(node: str = "a", *, retry_s: float = 30.0, probe_bytes: int = 0) -> RunMirror:
-        made.append(RunMirror(URL, tmp_path / node / "work", retry_s=retry_s, poll_s=POLL_S))
+    def make(node: str = "a", *, retry_s: float = 30.0, poll_s: float = POLL_S, probe_bytes: int = 0) -> RunMirror:
+        made.append(RunMirror(URL, tmp_path / node / "work", retry_s=retry_s, poll_s=poll_s))
         made[-1].begin(probe_bytes)
         return made[-1]
 
@@ -110,6 +112,32 @@ def test_the_store_keeps_what_retention_keeps(server: S3Server, mirrors: Callabl
     assert not mirror.folder.root.exists()
 
 
+def test_a_step_that_is_saved_again_is_whole_in_the_store_at_any_time(
+    server: S3Server, mirrors: Callable[..., RunMirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = mirrors(poll_s=60.0)
+    save(mirror.folder, 1)
+    mirror.settle()
+    save(mirror.folder, 1, other=torch.ones(3))
+    send = RunStore.send
+
+    def load() -> list[str]:
+        return sorted(load_state(best_checkpoint(RunFolder.of(URL)).path)["net"])
+
+    with monkeypatch.context() as broken:
+        broken.setattr(RunMirror, "_send_small", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mirror.settle()
+    assert load() == ["value"]
+    monkeypatch.setattr(RunStore, "send", lambda *a: (send(*a), save(mirror.folder, 1, third=torch.ones(5))))
+    mirror.settle()
+    assert load() == ["other", "value"]
+    monkeypatch.setattr(RunStore, "send", send)
+    mirror.close()
+    assert load() == ["third", "value"]
+    assert len(server.names("runs/7f3a/checkpoints")) == 2
+
+
 def test_another_machine_goes_on_from_the_newest_checkpoint_and_its_metrics(
     server: S3Server, mirrors: Callable[..., RunMirror]
 ) -> None:
@@ -139,12 +167,12 @@ def test_what_was_not_sent_before_a_kill_is_used_on_the_same_machine(
     first.settle()
     abandon(first)
     save(first.folder, 2)
-    second = mirrors()
+    second = mirrors(poll_s=60.0)
     found = restore_point(second.folder.checkpoints)
     assert found is not None
     assert found.step == 2
-    second.settle()
-    assert steps_in(server) == ["step-00000001", "step-00000002"]
+    assert steps_in(server) == ["step-00000001", "step-00000002"]  # where the other ranks load it from
+    assert load_state(f"{URL}/checkpoints/step-00000002.pt")["net"]["value"][0] == 2
 
 
 def test_what_another_machine_went_beyond_is_not_used(server: S3Server, mirrors: Callable[..., RunMirror]) -> None:
@@ -282,6 +310,64 @@ def test_an_attempt_that_was_taken_over_sends_and_removes_nothing_more(
         first.close()
     second.close()
     assert steps_in(server) == ["step-00000001"]
+
+
+def test_an_attempt_that_was_taken_over_leaves_the_data_of_its_successor_whole(
+    server: S3Server, mirrors: Callable[..., RunMirror]
+) -> None:
+    first, second = mirrors("a", poll_s=60.0), mirrors("b")
+    save(second.folder, 2)
+    second.settle()
+    save(first.folder, 2, other=torch.ones(9))
+    with pytest.raises(StoreError, match="taken over"):
+        first._send_checkpoints()
+    assert "other" not in load_state(f"{URL}/checkpoints/step-00000002.pt")["net"]
+
+
+def test_a_store_without_the_owner_is_asked_again(server: S3Server, mirrors: Callable[..., RunMirror]) -> None:
+    mirror = mirrors(poll_s=60.0)
+    (server.objects / "runs/7f3a/owner.json").unlink()
+    with pytest.raises(StoreAwayError, match=r"owner\.json is not there"):
+        mirror._send_small()
+
+
+def test_nothing_looks_at_the_local_folder_when_it_is_removed(
+    server: S3Server, mirrors: Callable[..., RunMirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = mirrors()
+    save(mirror.folder, 1)
+    alive: list[bool] = []
+
+    def look(*_: object, **__: object) -> None:
+        alive.extend(thread.is_alive() for thread in mirror._threads)
+
+    monkeypatch.setattr("dabnn.run_mirror.shutil.rmtree", look)
+    mirror.close()
+    assert alive == [False, False]
+    assert steps_in(server) == ["step-00000001"]
+
+
+def test_an_upload_that_is_answered_with_not_found_did_not_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise FileNotFoundError("NoSuchUpload")
+
+    monkeypatch.setattr(RunStore, "_files", lambda _: SimpleNamespace(put_file=lost, pipe_file=lost))
+    store, path = RunStore(URL), tmp_path / "x"
+    path.touch()
+    with pytest.raises(StoreAwayError, match="not found"):
+        store.send(path, "x")
+    with pytest.raises(StoreAwayError, match="not found"):
+        store.write("x", b"")
+    monkeypatch.setattr(RunStore, "_files", lambda _: SimpleNamespace(put_file=lambda *_: (path.unlink(), lost())))
+    with pytest.raises(FileNotFoundError, match=r"/x$"):
+        store.send(path, "x")
+
+
+def test_a_file_that_is_not_in_the_store_is_called_missing_and_not_damaged(server: S3Server) -> None:
+    with pytest.raises(InvalidInputError, match="there is no such file"):
+        load_state(f"{URL}/checkpoints/step-00000002.pt")
 
 
 def test_two_processes_of_a_machine_do_not_share_a_folder(
@@ -428,6 +514,25 @@ def test_a_store_that_is_full_in_mid_training_ends_the_run_with_the_reason(
     found = list_checkpoints(RunFolder.of(URL).fresh())
     assert found
     load_state(found[-1].path)
+
+
+class Breaking(Unwatched):
+    """A watch that breaks the loop while the checkpoint of the third step is written."""
+
+    def alive(self, step: int) -> None:
+        if step == 4:
+            raise ZeroDivisionError
+
+
+def test_the_checkpoint_that_is_written_when_the_loop_breaks_is_brought_into_the_store(
+    server: S3Server, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = CheckpointWriter._write
+    monkeypatch.setattr(CheckpointWriter, "_write", lambda *arguments: (time.sleep(1), write(*arguments)))
+    spec = small_spec(digits, checkpoint=CheckpointPolicy(every_steps=3))
+    with pytest.raises(ZeroDivisionError):
+        train(spec, RunFolder.of(URL), world=World.current(), watch=Breaking())
+    assert steps_in(server) == ["step-00000003"]
 
 
 def test_wrong_credentials_end_a_run_before_its_first_step(

@@ -3,10 +3,13 @@ import logging
 import math
 import socket
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,8 +17,10 @@ from gate import gate
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import RestException
+from s3_server import S3Server
 
 from dabnn.errors import DabError, InvalidInputError
+from dabnn.run_folder import RunFolder
 from orchestrator import processes, tracking
 from orchestrator.commands import show_status
 from orchestrator.home import home
@@ -239,6 +244,53 @@ def test_a_person_sees_the_metrics_of_the_run_and_a_program_those_of_the_layers_
     assert data["metrics"] == metrics
 
 
+def test_metrics_of_a_run_in_a_store_are_followed_there(
+    uri: str, run_id: str, follower: tracking.MetricFollower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with S3Server(tmp_path / "s3") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        follower.follow(RunFolder.of("s3://bucket/run"), run_id)
+        path = server.objects / "run/metrics.jsonl"
+        path.parent.mkdir(parents=True)
+        append(path, report(0, loss=1.0))
+        wait_until(lambda: len(history(uri, run_id, "loss")) == 1)
+        follower.rest(run_id)
+        num_requests = len(server.requests())
+        time.sleep(2.5)
+        assert len(server.requests()) <= num_requests + 3  # what was under way
+
+
+def test_a_call_that_breaks_stops_neither_the_follower_nor_what_comes_after(
+    uri: str, run_id: str, follower: tracking.MetricFollower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking = [True]
+    send = tracking.MetricFollower._send
+
+    def send_or_break(self: tracking.MetricFollower, *arguments: Any) -> None:
+        if breaking:
+            breaking.clear()
+            raise KeyError("not foreseen")
+        send(self, *arguments)
+
+    monkeypatch.setattr(tracking.MetricFollower, "_send", send_or_break)
+    append(tmp_path / "metrics.jsonl", report(0, loss=1.0))
+    follower.owe(lambda: [][0])
+    follower.follow(tmp_path / "metrics.jsonl", run_id)
+    assert follower.close(timeout_s=30) == 0
+    assert not breaking
+    assert history(uri, run_id, "loss") == [(0, 1.0)]
+
+
+def test_the_thread_of_a_follower_has_nothing_to_import() -> None:
+    program = (
+        "import sys, threading; threading.Thread.start = lambda self: None\n"
+        "from orchestrator.metric_follower import MetricFollower; MetricFollower('http://127.0.0.1:9')\n"
+        "assert {'mlflow.tracking', 'mlflow.entities', 'mlflow.exceptions'} <= set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
 def test_a_later_follower_goes_on_where_the_first_ended(uri: str, run_id: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     append(path, "".join(report(step, loss=float(step)) for step in range(2500)))
@@ -406,6 +458,17 @@ def test_a_run_whose_creation_was_not_answered_is_created_once(uri: str) -> None
         assert door.num_lost == 3
     (record,) = tracking.find_runs(uri, "created")
     assert (record.run_id, record.status, record.params) == (run_id, "running", {"a": "1"})
+
+
+def test_a_creation_that_failed_half_way_is_gone_on_with(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.mlflow_client._RETRY_DELAYS_S", ())
+    with gate(uri) as door:
+        door.num_to_lose = 1
+        with pytest.raises(DabError):
+            tracking.create_run(door.uri, "half", "trial", params={"a": 1}, tags={}, key="sweep-a")
+        run_id = tracking.create_run(door.uri, "half", "trial", params={"a": 1}, tags={}, key="sweep-a")
+    (record,) = tracking.find_runs(uri, "half")
+    assert (record.run_id, record.params) == (run_id, {"a": "1"})
 
 
 def test_a_database_that_cannot_be_opened_is_told_and_leaves_no_process(
