@@ -1,12 +1,7 @@
-"""Without a CUDA device the Triton kernels run under Triton's interpreter; they look for it when they are imported."""
-
-import os
+"""Without a CUDA device the Triton kernels run under Triton's interpreter; `tests/conftest.py` sees to that."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

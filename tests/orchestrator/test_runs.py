@@ -63,6 +63,7 @@ def test_a_run_that_failed_by_itself_while_it_was_stopped_stays_failed(
     monkeypatch.setattr(runs, "status", lambda *_: run_status(tmp_path, folder.result().get("status", "running")))
     monkeypatch.setattr(runs.tracking, "find_run", lambda *_: SimpleNamespace(tags={"dab.job_id": "j"}, run_id="7f3a"))
     monkeypatch.setattr(runs, "target_of", lambda _: SimpleNamespace(jobs_url="http://there"))
+    monkeypatch.setattr(runs, "_job_status", lambda _: "RUNNING")
     monkeypatch.setattr(runs, "stop_job", end_job)
     monkeypatch.setattr(runs, "_record_late", lambda *_: pytest.fail("how it ended was overwritten"))
     assert runs.stop("uri", "name", now=True).status == "failed"
