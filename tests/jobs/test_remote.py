@@ -1,6 +1,7 @@
 """Runs that are sent to a cluster elsewhere: another home than the cluster's, over a link that can be cut."""
 
 import re
+import shutil
 import ssl
 import subprocess
 import tempfile
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from orchestrator import cluster_view, commands, tracking
 from orchestrator.capacity import Needs
 from orchestrator.clusters_file import Entry
 from orchestrator.jobs_api import job_client, job_log, job_status, jobs, stop_job
-from orchestrator.package import package
+from orchestrator.package import package, snapshot, sources
+from orchestrator.provenance import PROGRAM_ROOT
 from orchestrator.queue import Waiting, metadata
 from orchestrator.reach import reach
 from orchestrator.send import Parcel, send
@@ -73,13 +76,27 @@ def far(dab: Dab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Far]:
         link = Link(port)
         stack.callback(link.close)
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dab-")))
-        stack.enter_context(pytest.MonkeyPatch.context()).setenv("DAB_HOME", str(home))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("DAB_HOME", str(home))
+        changed = changed_program(tmp_path_factory.mktemp("code"))
+        patch.setattr("orchestrator.send.snapshot", partial(snapshot, changed))
+        patch.setattr("orchestrator.origin.package", partial(package, changed))
         token = home / "token"
         token.touch(mode=0o600)
         token.write_text((dab.home / "ray_token").read_text())
         entry = Entry(link.url, str(token), tracking=uri, storage=str(storage))
         cluster_view.add("far", entry, replace=False, is_checked=True)
         yield Far(link, home, token, storage, uri)
+
+
+def changed_program(folder: Path) -> Path:
+    """Copy the program and change it: no run before has sent this code to the cluster."""
+    for source in sources():
+        copy = folder / source.relative_to(PROGRAM_ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
+    (folder / "jobs" / "new.py").write_text(f'"""Made at {time.time_ns()}."""\n')
+    return folder
 
 
 @dataclass(frozen=True)
