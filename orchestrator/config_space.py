@@ -10,9 +10,9 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError, create_model
 
 from orchestrator.config_errors import SPACE, known_keys, leaf_keys, show, unknown_key, value_problem
 from orchestrator.config_goals import goal_problems
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from orchestrator.config_rules import Rule
     from orchestrator.config_search import Domain, Search
 
+_PLAN = "binarize.plan"
 START, END = "binarize.bin_start", "binarize.bin_end"
 _NOT_SEARCHABLE = (
     "name", "model.num_classes", "data.train", "data.val", "data.mean", "data.std",
     "data.cache_folder", "data.cache_gb", "data.retry_s", "data.decoded_cache_gb",
     "train.init_from", "train.checkpoint", "train.distill", "train.kurtosis", "train.stages",
-    "cluster", "storage", "tracking", "search",
+    "cluster", "storage", "tracking", "search", "binarize.plan.weights", "binarize.plan.inputs",
 )  # fmt: skip
 # An integer axis up to this long is tried value by value, a longer one at its two ends.
 _MAX_VALUES = 256
@@ -71,6 +72,7 @@ def _axis_problem(config: "Config", key: str, domain: "Domain") -> str | None:
     if key in known_keys(type(config)) and _is_fixed(key):
         return f"{SPACE}.{key}: cannot differ between the trials of a search. Set {key} itself."
     searchable = {leaf: field for leaf, field in leaf_keys(type(config)).items() if not _is_fixed(leaf)}
+    searchable |= {_PLAN: known_keys(type(config))[_PLAN]}
     if key not in searchable:
         return f"{SPACE}.{unknown_key(key, searchable)}"
     if key == "train.epochs" and config.search and config.search.epochs:
@@ -78,10 +80,11 @@ def _axis_problem(config: "Config", key: str, domain: "Domain") -> str | None:
             f"{SPACE}.{key}: search.epochs={config.search.epochs} already sets it for each trial. Remove one of them."
         )
     field = searchable[key]
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+    # A model of its own, as the rules of the configuration for what a number and a list is are those of its models.
+    axis = create_model("Axis", __config__=type(config).model_config, value=(field.annotation, field))
     for value in [domain.values] if domain.kind == "subset" else domain.values:
         try:
-            adapter.validate_json(json.dumps(value), strict=True)
+            axis.model_validate_json(json.dumps({"value": value}))
         except ValidationError as error:
             return value_problem(f"{SPACE}.{key}", error.errors()[0], field)
     return None

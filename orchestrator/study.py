@@ -352,9 +352,9 @@ class Study:
 
     def _problem(self, metrics: Mapping[str, float]) -> str:
         """Return why the metrics of a trial say nothing, or ""."""
-        wanted = {objective.metric: "objective" for objective in self._search.objectives}
-        wanted = {limit.metric: "constraint" for limit in self._search.limits} | wanted
-        for metric, what in wanted.items():
+        wanted = [("objective", objective.metric) for objective in self._search.objectives]
+        wanted += [("constraint", limit.metric) for limit in self._search.limits]
+        for what, metric in wanted:
             if metric not in metrics:
                 return f"{metric}: the trial did not log this {what}, only {', '.join(sorted(metrics)) or 'nothing'}."
             if not math.isfinite(metrics[metric]):
