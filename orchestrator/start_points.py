@@ -1,7 +1,6 @@
 """The points that a search tries first: the best of an earlier sweep, or a run and its plan of `dab sensitivity`."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 from dabnn.run_folder import RunFolder
@@ -35,7 +34,7 @@ def start_points(folder: RunFolder, search: Search) -> list[dict[str, Any]]:
     points = [_of_run(config, search)]
     found = folder.load_json(SENSITIVITY)
     if found and "error" not in found:
-        paths = asdict(proposal(found, None))["binary_weights"]
+        paths = proposal(found, None).binary_weights
         numbers = [layer["index"] for layer in found["layers"] if layer["path"] in paths]
         points.append(points[0] | _layers(numbers, paths, search))
     return points
