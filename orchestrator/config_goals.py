@@ -13,8 +13,22 @@ _LAYER = "/"  # in the name of a metric of one layer
 
 
 def goal_problems(config: "Config", search: "Search") -> list[str]:
-    """Return what is wrong with objectives, constraints, early stopping and budget of a search."""
-    return [*_objectives(search), *_constraints(search), *_early_stop(search), *_budget(config, search)]
+    """Return what is wrong with an empty space, objectives, constraints, early stopping and budget of a search."""
+    return [
+        *_space(search),
+        *_objectives(search),
+        *_constraints(search),
+        *_early_stop(search),
+        *_budget(config, search),
+    ]
+
+
+def _space(search: "Search") -> Iterator[str]:
+    if not search.space:
+        yield (
+            "search.space: missing; there is nothing to try. Name keys and what they may be, or take a ready space: "
+            "search.preset=quick or search.preset=reference."
+        )
 
 
 def _objectives(search: "Search") -> Iterator[str]:

@@ -163,7 +163,7 @@ class Search(Section):
     )
     num_trials: int = Field(default=20, ge=1, description="trials; a grid ends earlier when it has no more points")
     space: dict[str, Annotated[Domain, WrapValidator(_domain_or_message), AfterValidator(check_domain)]] = Field(
-        min_length=1, description="dotted configuration key -> what it may be"
+        default={}, min_length=1, description="dotted configuration key -> what it may be"
     )
     objectives: Annotated[tuple[Objective, ...], AS_LIST] = Field(
         default=(Objective(),), min_length=1, description="one, or several for a Pareto front"

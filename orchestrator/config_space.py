@@ -81,7 +81,7 @@ def _axis_problem(config: "Config", key: str, domain: "Domain") -> str | None:
         )
     field = searchable[key]
     # A model of its own, as the rules of the configuration for what a number and a list is are those of its models.
-    axis = create_model("Axis", __config__=type(config).model_config, value=(field.annotation, field))
+    axis = create_model("Axis", __config__=type(config).model_config, value=(field.annotation, field))  # type: ignore[arg-type] # a field of a model has one
     for value in [domain.values] if domain.kind == "subset" else domain.values:
         try:
             axis.model_validate_json(json.dumps({"value": value}))

@@ -28,6 +28,7 @@ def start_points(folder: RunFolder, search: Search) -> list[dict[str, Any]]:
     Raises:
         InvalidInputError: The folder holds no run.
     """
+    folder = folder.fresh()
     if (folder.root / FILE).is_file():
         return best_points(Study.read(folder.root / FILE))
     config = Job.load(folder.root).parsed_config()

@@ -9,6 +9,7 @@ Left out: running trials, measuring, stopping early.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
@@ -451,4 +451,4 @@ def _text(values: Mapping[str, Any]) -> str:
 
 
 def _seed(seed: int, number: int) -> int:
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4])
