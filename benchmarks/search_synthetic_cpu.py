@@ -2,12 +2,14 @@
 
     PYTHONPATH=. python benchmarks/search_synthetic_cpu.py
 
-The space is that of `search.preset: reference` for bincifarfbin, for fronts for resnetfbin18. `trials to 5 %`: an accuracy has its best value, 90 %,
-at one rate, range of layers and schedule; counted are the trials until 85.5 %, for TPE and random points, 201 where 200
-do not get there. `hypervolume`: that accuracy, which now falls with each binary layer, and the bytes of the packed
-model; the share of the true front's hypervolume (above 40 %, below the bytes of the float model) after 200 trials of
-NSGA-II, and of random points.
-`s a trial`: what proposing and recording takes in a study of 500. Ten seeds, the last figure one.
+The space is that of `search.preset: reference`, ten seeds.
+
+- `trials to 5 %`: for bincifarfbin, an accuracy has its best value, 90 %, at one rate, range of layers and schedule;
+  counted are the trials until 85.5 %, for TPE and random points, 201 where 200 do not get there.
+- `hypervolume`: for resnetfbin18, an accuracy falls with each binary layer, and so do the bytes of the packed model;
+  the share of the area under the true front (above 40 %, below the float model's bytes) after 200 trials of NSGA-II
+  and of random points.
+- `s a trial`: what proposing and recording takes in a study of 500, once.
 
 A run in which the median of TPE is not below that of random points, or NSGA-II covers less than 90 %, fails.
 """
