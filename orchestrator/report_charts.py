@@ -17,18 +17,20 @@ BLUE, ORANGE, GREEN, RED, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e0
 GREY, PALE, INK = "#8c8c8c", "#d0d0d0", "#222222"
 WIDTH = 880
 
-_TITLES = {
-    "val_top1": "validation top-1 (%)",
-    "val_top5": "validation top-5 (%)",
-    "val_loss": "validation loss (nats)",
-    "train_top1": "training top-1 (%)",
-    "train_loss": "training loss (nats)",
-    "packed_bytes": "packed model (bytes)",
-    "bit_ops": "1-bit operations an image",
-    "latency_ms": "latency (ms)",
-    "learning_rate": "learning rate",
-    "images_per_s": "images/s",
-    "epoch_s": "time of an epoch (s)",
+# Measure -> what it is, its unit.
+_MEASURES = {
+    "val_top1": ("validation top-1", "%"),
+    "val_top5": ("validation top-5", "%"),
+    "val_loss": ("validation loss", "nats"),
+    "train_top1": ("training top-1", "%"),
+    "train_top5": ("training top-5", "%"),
+    "train_loss": ("training loss", "nats"),
+    "packed_bytes": ("packed size", "bytes"),
+    "bit_ops": ("1-bit operations", "an image"),
+    "latency_ms": ("latency", "ms"),
+    "learning_rate": ("learning rate", ""),
+    "images_per_s": ("training rate", "images/s"),
+    "epoch_s": ("time of an epoch", "s"),
 }
 _LONG_RANGE = 20.0
 _CONFIG = {
@@ -75,20 +77,37 @@ def figure(name: str, title: str, text: str, chart: Any, **data: Iterable[Mappin
     return Figure(name, title, text, spec)
 
 
+def still(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a specification without the layers that only a pointer brings to life; their names begin with `live`."""
+    layers = [layer for layer in spec.get("layer", ()) if not layer.get("name", "").startswith("live")]
+    if not layers:
+        return dict(spec)
+    return {key: value for key, value in spec.items() if key != "params"} | {"layer": layers}
+
+
 def named(name: str) -> Any:
     """Return the data of that name, see `figure`."""
     return alt.NamedData(name)
 
 
 def measure_title(metric: str) -> str:
-    """Return a measure's name with its unit."""
-    return _TITLES.get(metric, metric.replace("_", " "))
+    """Return a measure's name with its unit, as a title."""
+    name, unit = _MEASURES.get(metric, (metric.replace("_", " "), ""))
+    return f"{name} ({unit})" if unit else name
+
+
+def measured(metric: str, value: float) -> str:
+    """Return a measure with its value, in a sentence: `validation top-1 93.3 %`."""
+    name, unit = _MEASURES.get(metric, (metric.replace("_", " "), ""))
+    return f"{name} {short(value)} {unit}".rstrip()
 
 
 def key_titles(keys: Sequence[str]) -> dict[str, str]:
-    """Return a short title of each dotted key: its last part, or all of it where two end alike."""
+    """Return a short title of each dotted key: its last part, or all of it where that says too little or is not alone."""
     lasts = [key.rpartition(".")[2] for key in keys]
-    return {key: last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)}
+    return {
+        key: last if lasts.count(last) == 1 and last != "name" else key for key, last in zip(keys, lasts, strict=True)
+    }
 
 
 def is_long_range(values: Sequence[float]) -> bool:
@@ -96,10 +115,10 @@ def is_long_range(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) >= _LONG_RANGE
 
 
-def scale_of(values: Iterable[object]) -> Any:
-    """Return the scale of an axis with these values: without a forced zero, logarithmic where the range is long."""
-    numbers = [float(value) for value in values if is_number(value)]
-    return alt.Scale(type="log") if is_long_range(numbers) else alt.Scale(zero=False, nice=True)
+def scale_of(*, is_log: bool, padding: int = 12) -> Any:
+    """Return the scale of an axis: without a forced zero, or logarithmic, with so many pixels beyond the values."""
+    more = {"type": "log"} if is_log else {"zero": False}
+    return alt.Scale(nice=False, padding=padding, **more)
 
 
 def is_number(value: object) -> bool:
@@ -114,7 +133,9 @@ def short(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
+        if value.is_integer() and abs(value) < 1e12:
+            return f"{value:,.0f}"
+        if abs(value) >= 1e6 or abs(value) < 1e-3:
             mantissa, _, exponent = f"{value:.2e}".partition("e")
             return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

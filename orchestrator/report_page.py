@@ -17,7 +17,7 @@ import altair as alt
 import vl_convert
 
 from dabnn.errors import InvalidInputError
-from orchestrator.report_charts import Figure, short
+from orchestrator.report_charts import Figure, short, still
 
 _PNG_SCALE = 1.5
 # As in `<script>`: text in it ends at the first `</`.
@@ -175,7 +175,7 @@ def _version() -> str:
 
 
 def _write_png(figure: Figure, file: Path) -> str:
-    file.write_bytes(vl_convert.vegalite_to_png(figure.spec, vl_version=_version(), scale=_PNG_SCALE))
+    file.write_bytes(vl_convert.vegalite_to_png(still(figure.spec), vl_version=_version(), scale=_PNG_SCALE))
     return str(file)
 
 

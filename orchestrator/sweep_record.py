@@ -141,7 +141,9 @@ class SweepRecord:
             sorted((_trial(place, index, space) for index, place in enumerate(places)), key=lambda one: one.number)
         )
         known = dict.fromkeys([*space, *(key for trial in trials for key in trial.values)])
-        aims = [Aim(aim["metric"], aim.get("mode", "max")) for aim in search.get("objectives") or [{"metric": "val_top1"}]]
+        aims = [
+            Aim(aim["metric"], aim.get("mode", "max")) for aim in search.get("objectives") or [{"metric": "val_top1"}]
+        ]
         return cls(
             name=str(job.get("name", folder.root.name)),
             run_id=str(job.get("run_id", "")),
