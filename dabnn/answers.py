@@ -3,6 +3,7 @@
 Leaves out sums over samples (`dabnn.evaluate`) and how it looks.
 """
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -95,6 +96,18 @@ def answers(
         if on_batch is not None:
             on_batch(num_seen)
     return Answers(confusion.view(num_classes, num_classes), tuple(worst))
+
+
+def png_of(image: Tensor, side: int) -> bytes:
+    """Return an image, uint8 (C, H, W), as a PNG; one narrower than `side` is enlarged by a whole factor."""
+    from PIL import Image
+
+    pixels = image.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3])
+    scale = max(1, side // picture.width)
+    file = io.BytesIO()
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()
 
 
 def _scores(net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ def figure(name: str, title: str, text: str, chart: Any, **data: Iterable[Mappin
     """Return a figure of a chart whose data are the named `data`; numbers that are not finite become gaps."""
     spec = chart.to_dict()
     spec["config"] = _CONFIG
-    spec["datasets"] = {key: [_clean(row) for row in rows] for key, rows in data.items()}
+    own = {key: [_clean(row) for row in rows] for key, rows in data.items()}
+    spec["datasets"] = spec.get("datasets", {}) | own
     return Figure(name, title, text, spec)
 
 
@@ -103,7 +104,7 @@ def measured(metric: str, value: float) -> str:
 
 
 def key_titles(keys: Sequence[str]) -> dict[str, str]:
-    """Return a short title of each dotted key: its last part, or all of it where that says too little or is not alone."""
+    """Return a short title of each dotted key: its last part, or all of it where that says too little."""
     lasts = [key.rpartition(".")[2] for key in keys]
     return {
         key: last if lasts.count(last) == 1 and last != "name" else key for key, last in zip(keys, lasts, strict=True)

@@ -1,7 +1,7 @@
 """A report as files: one HTML page that needs nothing else, a PNG of every chart, tables as CSV.
 
-The page holds its scripts, data and pictures; it asks no server for anything. PNG is drawn without a browser. Leaves out
-what is in it.
+The page (`report_template`) holds its scripts, data and pictures; it asks no server for anything. PNG is drawn without
+a browser. Leaves out what is in it.
 """
 
 import base64
@@ -18,6 +18,7 @@ import vl_convert
 
 from dabnn.errors import InvalidInputError
 from orchestrator.report_charts import Figure, short, still
+from orchestrator.report_template import PAGE
 
 _PNG_SCALE = 1.5
 # As in `<script>`: text in it ends at the first `</`.
@@ -58,11 +59,13 @@ class Tiles:
     """Small pictures with captions.
 
     Attributes:
+        name: Name of its place on the page.
         title: Heading.
         text: What they are.
         tiles: (PNG, caption) of each.
     """
 
+    name: str
     title: str
     text: str
     tiles: Sequence[tuple[bytes, str]]
@@ -114,12 +117,12 @@ def render(page: Page) -> str:
     figures = {part.name: part.spec for part in page.parts if isinstance(part, Figure)}
     facts = "".join(f"<dt>{_text(key)}</dt><dd>{_text(short(value))}</dd>" for key, value in page.facts.items())
     body = "\n".join(_section(part) for part in page.parts)
-    return _PAGE.format(
+    return PAGE.substitute(
         title=_text(page.title),
         summary="".join(f"<p>{_text(line)}</p>" for line in page.summary.splitlines()),
         facts=facts,
         body=body,
-        script=vl_convert.javascript_bundle(vl_version=_version()) if figures else "",
+        script=vl_convert.javascript_bundle(None, vl_version=_version()) if figures else "",
         specs=_json(figures),
     )
 
@@ -131,7 +134,11 @@ def _section(part: Figure | Grid | Tiles) -> str:
     elif isinstance(part, Grid):
         inner = _grid(part)
     else:
-        inner = '<div class="tiles">' + "".join(_tile(picture, caption) for picture, caption in part.tiles) + "</div>"
+        inner = (
+            f'<div class="tiles" id="{_text(part.name)}">'
+            + "".join(_tile(picture, caption) for picture, caption in part.tiles)
+            + "</div>"
+        )
     return f"<section>{head}{inner}</section>"
 
 
@@ -155,7 +162,8 @@ def _cell(value: object) -> str:
 
 def _tile(picture: bytes, caption: str) -> str:
     data = base64.b64encode(picture).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{_text(caption)}"><figcaption>{_text(caption)}</figcaption></figure>'
+    words = _text(caption)
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{words}"><figcaption>{words}</figcaption></figure>'
 
 
 def _text(value: object) -> str:
@@ -185,38 +193,3 @@ def _write_csv(grid: Grid, file: Path) -> str:
         writer.writerow(grid.columns)
         writer.writerows([cell.value if isinstance(cell, Cell) else cell for cell in row] for row in grid.rows)
     return str(file)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 Helvetica, Arial, 'Liberation Sans', sans-serif; color: #222; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.6rem; margin: 0 0 .5rem; }} h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .2rem; }}
-p {{ margin: .2rem 0 .6rem; max-width: 52rem; }} section > p {{ color: #555; font-size: 14px; }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1.2rem; font-size: 14px; }} dt {{ color: #666; }} dd {{ margin: 0; }}
-.chart, .wide {{ overflow-x: auto; }} .wide {{ max-height: 36rem; overflow-y: auto; }}
-table {{ border-collapse: collapse; font-size: 13px; }} th, td {{ padding: .2rem .7rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #eee; }}
-th {{ cursor: pointer; position: sticky; top: 0; background: #fff; font-weight: 600; }} td.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
-tr.mark td {{ background: #fdf1e7; }} a {{ color: #0072b2; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: .8rem; }} figure {{ margin: 0; }}
-figure img {{ width: 100%; image-rendering: pixelated; border: 1px solid #ddd; }} figcaption {{ font-size: 12px; line-height: 1.3; color: #333; }}
-</style></head><body>
-<h1>{title}</h1>{summary}<dl>{facts}</dl>
-{body}
-<script>{script}</script>
-<script>
-const specs = {specs};
-for (const [name, spec] of Object.entries(specs))
-  vegaEmbed("#" + name, spec, {{actions: {{export: true, source: false, compiled: false, editor: false}}, loader: {{target: "_blank"}}}})
-    .catch(error => console.error(name, error));
-document.querySelectorAll("th").forEach(head => head.addEventListener("click", () => {{
-  const column = head.cellIndex, body = head.closest("table").tBodies[0], up = head.dataset.up !== "1";
-  head.dataset.up = up ? "1" : "0";
-  const key = row => {{ const cell = row.cells[column]; return "v" in cell.dataset ? Number(cell.dataset.v) : cell.textContent; }};
-  const order = (a, b) => typeof a === typeof b ? (a > b) - (a < b) : typeof a === "number" ? -1 : 1;
-  [...body.rows].sort((a, b) => (up ? 1 : -1) * order(key(a), key(b))).forEach(row => body.append(row));
-}}));
-</script></body></html>
-"""

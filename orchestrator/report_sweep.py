@@ -94,8 +94,8 @@ def words(record: SweepRecord, shares: Mapping[str, float] | None = None) -> str
     if len(front) > 1:
         other = front[-1]
         text += (
-            f" {len(front)} trials form the Pareto front, where nothing is better in one objective without being worse in "
-            f"another. At its other end stands {other.name}: {_measured(other, record.aims)}."
+            f" {len(front)} trials form the Pareto front, in which one objective is only gained by losing "
+            f"in another. At its other end stands {other.name}: {_measured(other, record.aims)}."
         )
     for key, share in [*(importances(record) if shares is None else shares).items()][:1]:
         text += f" Of what was tried, {key} decides most: {100 * share:.0f} % of the variance of {first.metric}."
@@ -103,7 +103,7 @@ def words(record: SweepRecord, shares: Mapping[str, float] | None = None) -> str
 
 
 def with_sizes(record: SweepRecord) -> SweepRecord:
-    """Return the sweep with `packed_bytes` and `bit_ops` of each trial that has a usable configuration but lacks them."""
+    """Return the sweep with `packed_bytes` and `bit_ops` of each trial whose configuration says them."""
     known: dict[str, dict[str, float]] = {}
     return replace(record, trials=tuple(_with_sizes(trial, known) for trial in record.trials))
 
@@ -158,8 +158,12 @@ def _rows(record: SweepRecord, front: list[TrialRecord], link: str | None) -> Ro
             continue
         is_allowed = all(limit.holds(trial.measures) for limit in record.limits)
         kind = "on the front" if trial.number in on_front else trial.state
-        kind = kind if is_allowed or trial.state != "finished" else "breaks a constraint"
-        row: dict[str, Any] = {"trial": trial.number, "name": trial.name, "kind": kind}
+        breaks = trial.state == "finished" and not is_allowed
+        row: dict[str, Any] = {
+            "trial": trial.number,
+            "name": trial.name,
+            "kind": "breaks a constraint" if breaks else kind,
+        }
         url = run_link(link, trial.run_id)
         row |= {"url": url} if url else {}
         rows.append(
@@ -196,7 +200,7 @@ def _table(record: SweepRecord, front: list[TrialRecord], link: str | None) -> G
     return Grid(
         "trials",
         "Trials",
-        "The front first, then by the first objective. A click on a heading sorts; a name opens the run in the browser.",
+        "The front first, then by the first objective. A click on a heading sorts; a name opens the run.",
         ["trial", "run", "state", "epochs", *map(_column, shown), *(titles[key] for key in record.keys), "message"],
         rows,
         frozenset(index for index, trial in enumerate(ordered) if trial.number in on_front),

@@ -133,10 +133,11 @@ def parallel(rows: Rows, record: SweepRecord) -> Figure | None:
             }
             for row in rows
         ]
-    chart = _parallel_chart([axis[0] for axis in axes], measure_title(record.aims[0].metric), _ends(lines))
+    score = measure_title(record.aims[0].metric)
+    chart = _parallel_chart([axis[0] for axis in axes], score, _ends(lines))
     text = (
-        "Each line is a trial, coloured by the first objective; thick lines are the front, grey ones were stopped early "
-        "or break a constraint. Point at a line to follow it."
+        "Each line is a trial, coloured by the first objective; thick lines are the front, grey ones did not finish or "
+        "break a constraint. Point at a line to follow it."
     )
     return figure("parallel", "Parameters and objectives together", text, chart, lines=lines, ticks=ticks)
 
@@ -148,9 +149,10 @@ def importance(shares: Mapping[str, float], aim: Aim) -> Figure | None:
     rows = [{"key": key, "share": 100 * share, "label": f"{100 * share:.0f} %"} for key, share in shares.items()]
     y = alt.Y("key:N", title=None, sort=None, axis=alt.Axis(labelLimit=260))
     base = alt.Chart(named("shares")).encode(y=y, x=alt.X("share:Q", title="share of the variance (%)"))
-    chart = base.mark_bar(color=BLUE, size=16) + base.mark_text(align="left", dx=4, color=INK).encode(text="label:N")
+    labels = base.mark_text(align="left", dx=4, color=INK).encode(text="label:N")
+    chart = base.mark_bar(color=BLUE, size=16) + labels
     text = (
-        f"How much of the differences in {measure_title(aim.metric)} each parameter explains alone, by functional ANOVA "
+        f"How much of the differences in {measure_title(aim.metric)} each parameter explains alone, by fANOVA "
         "over the finished trials. With few trials this is a hint at best."
     )
     chart = chart.properties(width=WIDTH - 320, height=alt.Step(26))
@@ -387,7 +389,9 @@ def _curves_chart(metric: str, rows: Rows) -> Any:
         "kind:N", title=None, legend=legend, scale=alt.Scale(domain=list(kinds), range=list(kinds.values()))
     )
     others = (
-        base.transform_filter("datum.kind != 'on the front'").mark_line(strokeWidth=1, strokeOpacity=0.45).encode(color=color)
+        base.transform_filter("datum.kind != 'on the front'")
+        .mark_line(strokeWidth=1, strokeOpacity=0.45)
+        .encode(color=color)
     )
     front = base.transform_filter("datum.kind == 'on the front'").mark_line(strokeWidth=2.2).encode(color=color)
     followed = (

@@ -7,6 +7,7 @@ predicts among the parameters; Optuna's implementation is used. Only parameters 
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from orchestrator.sweep_record import SweepRecord
 
@@ -53,7 +54,7 @@ def _coded(values: Sequence[object], index: int) -> float | str:
     return math.log(number) if _is_wide(values) else number
 
 
-def _distribution(values: Sequence[object]) -> object:
+def _distribution(values: Sequence[object]) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if not _are_numbers(values):

@@ -107,7 +107,7 @@ class SweepRecord:
         state: As its folder has it: finished, stopped, failed, or running.
         aims: The objectives, the first one foremost.
         limits: The constraints.
-        space: Dotted key -> {int | float | log | choice: values}, as configured; empty where a preset was not written out.
+        space: Dotted key -> {int | float | log | choice: values}, as configured; empty where it has none.
         keys: The keys that trials differ in by design, in the order of the configuration.
         config: The sweep's configuration as plain values.
         trials: In the order of their numbers.
