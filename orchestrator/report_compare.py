@@ -23,7 +23,7 @@ from orchestrator.report_charts import (
     measure_title,
     named,
 )
-from orchestrator.report_page import Grid, Page
+from orchestrator.report_page import Grid, Page, Tiles
 
 _COLORS = [BLUE, RED, GREEN, PURPLE, ORANGE, SKY, INK]
 _DASHES = [[1, 0], [6, 3], [2, 2]]
@@ -111,7 +111,7 @@ def compare_page(runs: Sequence[Compared]) -> Page:
     summary = f"{ranked[0].name} has the best validation top-1, {ranked[0].best_top1 or 0:.2f} %"
     summary += f", {lead:.2f} points before {ranked[1].name}." if lead else f", as has {ranked[1].name}."
     curves = _curves(runs)
-    parts = [results(runs), *([curves] if curves else []), differences(runs)]
+    parts: list[Figure | Grid | Tiles] = [results(runs), *([curves] if curves else []), differences(runs)]
     return Page(" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs", summary, {}, parts)
 
 

@@ -122,7 +122,7 @@ def render(page: Page) -> str:
         summary="".join(f"<p>{_text(line)}</p>" for line in page.summary.splitlines()),
         facts=facts,
         body=body,
-        script=vl_convert.javascript_bundle(None, vl_version=_version()) if figures else "",
+        script=_scripts() if figures else "",
         specs=_json(figures),
     )
 
@@ -175,6 +175,12 @@ def _json(value: object) -> str:
     for character, escape in _ESCAPES.items():
         text = text.replace(character, escape)
     return text
+
+
+def _scripts() -> str:
+    """Return Vega, Vega-Lite and vega-embed as one script."""
+    bundle: str = vl_convert.javascript_bundle(vl_version=_version())  # type: ignore[call-arg] # its stub is wrong
+    return bundle
 
 
 def _version() -> str:
