@@ -12,7 +12,7 @@ from orchestrator.output import Report, Table, View
 from orchestrator.report_compare import compare_page, differences, read_runs, results
 from orchestrator.report_page import Grid, Page, write
 from orchestrator.report_run import OnBatch, run_page
-from orchestrator.report_sweep import sweep_page
+from orchestrator.report_sweep import sweep_page, with_sizes
 from orchestrator.sweep_record import SweepRecord
 
 ARTIFACTS = "report"
@@ -85,7 +85,7 @@ def log_report(uri: str, run_id: str, folder: RunFolder) -> None:
 
 
 def _of_sweep(folder: RunFolder, uri: str) -> tuple[Page, dict[str, Any]]:
-    record = SweepRecord.read(folder.fresh())
+    record = with_sizes(SweepRecord.read(folder.fresh()))
     page = sweep_page(record, uri)
     front = [
         {"number": trial.number, "name": trial.name, "run_id": trial.run_id} | _measures(trial.measures, record)

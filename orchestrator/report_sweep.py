@@ -43,8 +43,8 @@ def sweep_page(record: SweepRecord, link: str | None = None) -> Page:
     Raises:
         InvalidInputError: No trial has finished.
     """
-    record.require_trials()
     record = with_sizes(record)
+    record.require_trials()
     aims, shares = _aims_shown(record), importances(record)
     shown = pareto(record.allowed(), aims)
     rows = _rows(record, shown, link)

@@ -35,8 +35,9 @@ $body
 <script>
 const specs = $specs;
 const actions = {export: true, source: false, compiled: false, editor: false};
+const options = {actions, renderer: "canvas", loader: {target: "_blank"}};
 for (const [name, spec] of Object.entries(specs))
-  vegaEmbed("#" + name, spec, {actions, loader: {target: "_blank"}}).catch(error => console.error(name, error));
+  vegaEmbed("#" + name, spec, options).catch(error => console.error(name, error));
 const key = cell => "v" in cell.dataset ? Number(cell.dataset.v) : cell.textContent;
 const order = (a, b) => typeof a === typeof b ? (a > b) - (a < b) : typeof a === "number" ? -1 : 1;
 document.querySelectorAll("th").forEach(head => head.addEventListener("click", () => {
