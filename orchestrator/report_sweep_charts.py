@@ -258,6 +258,7 @@ def _scatter(rows: Rows, x: Aim, y: Aim, limits: Sequence[Limit], *, joins: bool
             f"{x.metric}:Q",
             title=f"{measure_title(x.metric)}, {_better(x, 'left', 'right')}",
             scale=_scale(rows, x.metric),
+            axis=alt.Axis(tickCount=8, labelOverlap=True),
         ),
         "y": alt.Y(
             f"{y.metric}:Q",
