@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from orchestrator.cli import analysis, cluster, config, data, machine, models, packed, runs
+from orchestrator.cli import analysis, cluster, config, data, machine, models, packed, reports, runs
 from orchestrator.cli.arguments import group
 from orchestrator.output import DabError, Output
 
@@ -22,6 +22,7 @@ app = group("Train, search and ship distribution-aware binarized networks.")
 app.add_typer(runs.app)
 app.add_typer(packed.app)
 app.add_typer(analysis.app)
+app.add_typer(reports.app)
 app.add_typer(machine.app)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models", no_args_is_help=False)

@@ -112,10 +112,22 @@ class RunFolder:
         Raises:
             StoreError: The store refuses, or does not answer for 20 s.
         """
-        if self.copy is None:
-            return read_json(self.root / name)
-        data = self.copy.read(name)
-        return {} if data is None else dict(json.loads(data))
+        text = self.load_text(name)
+        return {} if text is None else dict(json.loads(text))
+
+    def load_text(self, name: str) -> str | None:
+        """Return a small file of the run, or None when there is no such file.
+
+        Raises:
+            StoreError: The store refuses, or does not answer for 20 s.
+        """
+        if self.copy is not None:
+            data = self.copy.read(name)
+            return None if data is None else data.decode()
+        try:
+            return (self.root / name).read_text()
+        except FileNotFoundError:
+            return None
 
     def remove(self, name: str) -> None:
         """Remove a small file of the run, where there is one.

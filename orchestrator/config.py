@@ -33,6 +33,7 @@ from orchestrator.config_sections import (
 )
 from orchestrator.config_source import assign, parse_override, read_mapping, yaml_text
 from orchestrator.config_stages import overlaid, place
+from orchestrator.space_presets import expanded
 
 
 class Config(Section):
@@ -164,6 +165,10 @@ def with_files(
         binarize = part.get("binarize") or {}
         if isinstance(binarize.get("plan"), str):
             binarize["plan"] = plan(f"{prefix}binarize.plan", binarize["plan"])
+    searched = (raw["search"] or {"space": {}})["space"].get("binarize.plan", {})
+    for position, choice in enumerate(searched.get("choice", ())):
+        if isinstance(choice, str):
+            searched["choice"][position] = plan("search.space.binarize.plan", choice)
     return _validate(raw)
 
 
@@ -200,6 +205,7 @@ def config_schema() -> dict[str, Any]:
 
 
 def _validate(raw: Mapping[str, Any]) -> Config:
+    raw = expanded(raw)
     try:
         # As JSON, because pydantic's strict rules for JSON are what a person means: a list where a tuple is declared
         # and 1 where 1.0 is, but never text where a number is.

@@ -5,11 +5,13 @@ a search space are held against the rules in `orchestrator.config_space`.
 """
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config_errors import leaf_keys, show
+from orchestrator.config_needs import NEEDS
 from orchestrator.config_space import END, START, bin_range_is_empty, space_problems
 from orchestrator.names import nearest
 
@@ -19,10 +21,6 @@ if TYPE_CHECKING:
     from orchestrator.config_sections import Stage
 
 _MAX_NAME = 100
-_WITH_WINDOW = ("clipped", "polynomial", "ede", None)  # null: what the model has, one of these
-_WEIGHT_STE = ("binarize.ste", "binarize.ste_width", "binarize.ste_center")
-_INPUT_STE = ("binarize.input_ste", "binarize.input_ste_width")
-_OF_WORKERS = tuple(f"cluster.{key}" for key in ("placement", "interface", "labels", "start_timeout_s"))
 _MAX_INTERFACE = 15  # IFNAMSIZ of Linux, less the closing zero
 PLAN_KEYS = ("weights", "inputs")
 STAGE_TEACHER = "stage:"
@@ -41,38 +39,6 @@ class Rule:
 
     keys: tuple[str, ...]
     problem: Callable[["Config"], str | None]
-
-
-@dataclass(frozen=True)
-class _Need:
-    """Keys that are looked at only while another one, `selector`, is one of `wanted`, or none of `not_`."""
-
-    selector: str
-    keys: tuple[str, ...]
-    wanted: tuple[str | None, ...] = ()
-    not_: tuple[Any, ...] = ()
-
-    def is_met(self, value: Any) -> bool:
-        return value in self.wanted if self.wanted else value not in self.not_
-
-    def problem(self, key: str, chosen: Any) -> str:
-        instead = ", or use " + " or ".join(filter(None, self.wanted)) if self.wanted else ""
-        value = chosen if isinstance(chosen, str) else show(chosen)
-        return f"{key}: has no effect with {self.selector}={value}. Remove it{instead}."
-
-
-_NEEDS = (
-    _Need("optim.name", ("optim.momentum", "optim.nesterov"), ("sgd",)),
-    _Need("schedule.name", ("schedule.interval",), ("decay",)),
-    _Need("schedule.name", ("schedule.level",), ("decay", "step")),
-    _Need("schedule.name", ("schedule.milestones",), ("step",)),
-    _Need("binarize.ste", _WEIGHT_STE[1:], _WITH_WINDOW),
-    _Need("binarize.input_ste", _INPUT_STE[1:], _WITH_WINDOW),
-    _Need("binarize.gradient", _WEIGHT_STE, ("straight_through", "means", None)),
-    _Need("binarize.layers", (*_WEIGHT_STE, "binarize.gradient"), not_=((),)),
-    _Need("binarize.inputs", (*_INPUT_STE, "binarize.input_quantizer"), not_=("none",)),
-    _Need("cluster.num_workers", _OF_WORKERS, not_=(0,)),
-)
 
 
 def check_name(name: str) -> str:
@@ -182,8 +148,8 @@ def check_domain(domain: "Domain") -> "Domain":
         ValueError: A range is empty or reversed, a logarithmic one starts at 0 or below, a choice is empty or repeats.
     """
     values: tuple[Any, ...] = domain.values
-    if domain.kind == "choice":
-        if not values or len({show(value) for value in values}) < len(values):
+    if domain.kind in ("choice", "subset"):
+        if not values or len({json.dumps(value) for value in values}) < len(values):
             raise ValueError("must offer one value at least, and none of them twice")
         return domain
     low, high = values
@@ -230,7 +196,7 @@ def check_written(config: "Config", parts: Sequence["Config"]) -> None:
 def unused(config: "Config", parts: Sequence["Config"]) -> dict[str, str]:
     """Return key -> problem for each value of the run's own, other than the default, that no part of it looks at."""
     problems = {}
-    for need in _NEEDS:
+    for need in NEEDS:
         if any(need.is_met(_value(part, need.selector)) for part in parts) or _is_searched(config, need.selector):
             continue
         for key in need.keys:
@@ -245,7 +211,7 @@ def unused(config: "Config", parts: Sequence["Config"]) -> dict[str, str]:
 
 
 def _unused_in_stage(stage: "Stage", part: "Config") -> Iterator[str]:
-    for need in _NEEDS:
+    for need in NEEDS:
         chosen = _value(part, need.selector)
         for key in need.keys if not need.is_met(chosen) else ():
             section, _, leaf = key.partition(".")
@@ -428,9 +394,9 @@ def _stages(config: "Config") -> str | None:
 
 _RULES = (
     Rule((START, END), _bin_range),
-    Rule((START, END), _layer_choice),
-    Rule(("binarize.inputs",), _plan_inputs),
-    Rule(("schedule.name", "train.epochs"), _milestones),
+    Rule((START, END, "binarize.layers", "binarize.plan"), _layer_choice),
+    Rule(("binarize.inputs", "binarize.plan"), _plan_inputs),
+    Rule(("schedule.name", "schedule.milestones", "train.epochs"), _milestones),
     Rule((), _stages),
     Rule(("data.batch_size",), _batch_size),
     Rule(("data.transform", "data.ten_crop"), _ten_crop),

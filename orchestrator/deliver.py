@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,14 +14,38 @@ from dabnn.convert import form_of as form_of
 from dabnn.convert import load_model
 from dabnn.data import load_manifest
 from dabnn.errors import InvalidInputError
-from dabnn.models import ModelSpec
+from dabnn.models import ModelSpec, Network
 from dabnn.packed import Normalization, Provenance
+from dabnn.run_folder import RunFolder
 from orchestrator import tracking
 from orchestrator.found_runs import best_run as best_run
 from orchestrator.found_runs import folder_of
 from orchestrator.job import Job
 
 OnBatch = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and how its run was evaluated.
+
+    Attributes:
+        net: The network of the best checkpoint, in evaluation mode.
+        epoch: Finished epochs at that checkpoint.
+        normalization: What is done to images first.
+        classes: Names of its classes, in the order of the logits.
+        val: Folder or URL of the dataset whose split `val` was used.
+        ten_crop: Whether ten crops of each image were averaged.
+        batch_size: Images of one batch.
+    """
+
+    net: Network
+    epoch: int
+    normalization: Normalization
+    classes: tuple[str, ...]
+    val: str
+    ten_crop: bool
+    batch_size: int
 
 
 def export_run(uri: str, reference: str, file: Path, *, half: bool = False, form: str | None = None) -> dict[str, Any]:
@@ -123,15 +147,30 @@ def evaluate_run(
     Raises:
         InvalidInputError: The run has no checkpoint yet, or the dataset cannot be used.
     """
-    record = best_run(uri, reference)
-    config = Job.load(folder_of(record)).parsed_config()
-    net = deliver.load_trained(best_checkpoint(folder_of(record)).path)
-    trained_on = config.data
-    train = trained_on.train
-    normalization = deliver.prepare(train, net.spec, trained_on.transform, trained_on.mean, trained_on.std)
-    place = data or trained_on.val or trained_on.train
-    ten_crop = trained_on.ten_crop if ten_crop is None else ten_crop
-    return _evaluate(net, net.spec, normalization, load_manifest(train).classes, place, ten_crop, on_batch)
+    trained = trained_of(folder_of(best_run(uri, reference)))
+    ten_crop = trained.ten_crop if ten_crop is None else ten_crop
+    place = data or trained.val
+    return _evaluate(trained.net, trained.net.spec, trained.normalization, trained.classes, place, ten_crop, on_batch)
+
+
+def trained_of(folder: RunFolder) -> Trained:
+    """Return the network of a run's best checkpoint, and how the run was evaluated.
+
+    Raises:
+        InvalidInputError: The run has no checkpoint yet, or its training data cannot be read.
+    """
+    data = Job.load(folder).parsed_config().data
+    checkpoint = best_checkpoint(folder)
+    net = deliver.load_trained(checkpoint.path)
+    return Trained(
+        net=net,
+        epoch=checkpoint.epoch,
+        normalization=deliver.prepare(data.train, net.spec, data.transform, data.mean, data.std),
+        classes=tuple(load_manifest(data.train).classes),
+        val=str(data.val or data.train),
+        ten_crop=data.ten_crop,
+        batch_size=data.eval_batch_size,
+    )
 
 
 def predict_files(file: Path, images: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:

@@ -1,27 +1,26 @@
 """From the `search` section of a configuration to what Ray Tune runs.
 
-That is: who proposes points, who stops trials early, and what a point is.
-
-`bin_end >= bin_start` holds by construction: the end is drawn from the values that the start leaves.
+That is: what a trial's configuration is, what is known of its network, and who stops trials early. Points are proposed
+and remembered by `orchestrator.study`.
 """
 
 import functools
-import itertools
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from dabnn.checkpoints import load_state
 from dabnn.errors import InvalidInputError
 from orchestrator.config import Config, with_overrides
-from orchestrator.config_search import Domain, Search
-from orchestrator.config_space import END, START, point_problem, sampled_points
-from orchestrator.resolve import check_networks
-
-_Number = TypeVar("_Number", int, float)
+from orchestrator.config_search import OF_NETWORK, Domain, Search
+from orchestrator.config_space import point_problem, sampled_points
+from orchestrator.points import draw, grid
+from orchestrator.resolve import check_networks, model_table
 
 # Networks built before a sweep starts, without their memory: some 30 ms each.
 MAX_POINTS = 64
-MIN_EPOCHS_BEFORE_STOP = 3  # binary networks improve late: no trial is judged earlier, nor in its first quarter
+# Binary networks improve late, as signs flip until the rate falls: none is judged earlier, nor in its first quarter.
+MIN_EPOCHS_BEFORE_STOP = 3
+_MEDIAN_OF = 3  # trials that must have got as far before one is compared with their median
 
 
 @dataclass(frozen=True)
@@ -34,43 +33,9 @@ class DrawPoint:
 
     space: dict[str, Domain]
 
-    def __call__(self, trial: Any) -> None:
-        """Draw the point; Optuna's trial remembers it."""
-        start = self._draw(trial, START, None) if START in self.space else None
-        for key in self.space:
-            if key != START:
-                self._draw(trial, key, start if key == END else None)
-
-    def _draw(self, trial: Any, key: str, least: int | None) -> Any:
-        domain = self.space[key]
-        if domain.kind == "choice":
-            return trial.suggest_categorical(key, list(domain.values))
-        if domain.kind == "int":
-            low, high = _ends(domain, int)
-            low = low if least is None else max(low, least)
-            return trial.suggest_int(key, low, max(low, high))
-        return trial.suggest_float(key, *_ends(domain, float), log=domain.kind == "log")
-
-
-def grid_points(space: dict[str, Domain]) -> list[dict[str, Any]]:
-    """Return every point of a space of choices and integers with `bin_end >= bin_start`, in the order of the keys.
-
-    Raises:
-        InvalidInputError: A domain is continuous.
-    """
-    axes: list[list[Any]] = []
-    for key, domain in space.items():
-        if domain.kind not in ("int", "choice"):
-            raise InvalidInputError(
-                f"search.space.{key}: a grid has no points for a {domain.kind} range. List them: {{choice: [...]}}."
-            )
-        if domain.kind == "int":
-            low, high = _ends(domain, int)
-            axes.append(list(range(low, high + 1)))
-        else:
-            axes.append(list(domain.values))
-    points: list[dict[str, Any]] = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
-    return [point for point in points if point.get(START) is None or point.get(END, point[START]) >= point[START]]
+    def __call__(self, trial: Any) -> dict[str, Any]:
+        """Draw the point."""
+        return draw(trial, self.space)
 
 
 def check_trials(config: Config) -> None:
@@ -99,6 +64,25 @@ def trial_config(config: Config) -> Config:
     return config.model_copy(update={"search": None, "train": config.train.model_copy(update={"epochs": epochs})})
 
 
+def network_metrics(config: Config, values: dict[str, Any]) -> dict[str, float]:
+    """Return packed_bytes and bit_ops (of one image) of the network of a point, which need no training.
+
+    One that cannot be built has none: its trial will say why.
+
+    Args:
+        config: Of the sweep, resolved.
+        values: The point.
+    """
+    try:
+        table = model_table(with_overrides(trial_config(config), values))
+    except InvalidInputError:
+        return {}
+    return {
+        "packed_bytes": float(table.packed_bytes),
+        "bit_ops": float(sum(layer.bit_ops for layer in table.layers)),
+    }
+
+
 def make_searcher(search: Search, seed: int) -> tuple[Any, dict[str, Any], int]:
     """Return (search algorithm or None, Tune parameter space, number of samples).
 
@@ -107,41 +91,35 @@ def make_searcher(search: Search, seed: int) -> tuple[Any, dict[str, Any], int]:
     if search.algorithm == "grid":
         from ray import tune
 
-        points = grid_points(search.space)[: search.num_trials]
+        points = list(grid(search.space))[: search.num_trials]
         return None, {"point": tune.grid_search(points)}, 1
-    import optuna
     from ray.tune.search.optuna import OptunaSearch
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if search.algorithm == "tpe":
-        sampler: Any = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(3, min(10, search.num_trials // 3)))
-    else:
-        sampler = optuna.samplers.RandomSampler(seed=seed)
+    from orchestrator.study import make_sampler
+
     objective = search.objectives[0]
     searcher = OptunaSearch(
-        space=DrawPoint(search.space), metric=objective.metric, mode=objective.mode, sampler=sampler
+        space=DrawPoint(search.space),
+        metric=objective.metric,
+        mode=objective.mode,
+        sampler=make_sampler(search, seed),
     )
     return searcher, {}, search.num_trials
 
 
 def make_scheduler(search: Search, epochs: int) -> Any:
-    """Return Tune's ASHA over finished epochs, or None when trials are not stopped early or are too short to judge."""
-    grace = max(MIN_EPOCHS_BEFORE_STOP, epochs // 4)
-    if search.early_stop is None or grace >= epochs:
+    """Return Tune's scheduler over finished epochs; None when trials are not stopped early or are too short to judge.
+
+    It judges by the first objective that is logged each epoch.
+    """
+    grace = search.grace_epochs or max(MIN_EPOCHS_BEFORE_STOP, epochs // 4)
+    judged = [objective for objective in search.objectives if objective.metric not in OF_NETWORK]
+    if search.early_stop is None or grace >= epochs or not judged:
         return None
-    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
-    objective = search.objectives[0]
-    return ASHAScheduler(
-        time_attr="epoch",
-        metric=objective.metric,
-        mode=objective.mode,
-        max_t=epochs + 1,  # a trial that gets to its last epoch ends itself, with its result and checkpoint
-        grace_period=grace,
-        reduction_factor=2,
-    )
-
-
-def _ends(domain: Domain, kind: type[_Number]) -> tuple[_Number, _Number]:
-    low, high = domain.values
-    return kind(low), kind(high)  # type: ignore[arg-type] # a range holds two numbers; the configuration checked it
+    by: Any = {"time_attr": "epoch", "metric": judged[0].metric, "mode": judged[0].mode, "grace_period": grace}
+    if search.early_stop == "median":
+        return MedianStoppingRule(**by, min_samples_required=_MEDIAN_OF)
+    # A trial that gets to its last epoch ends itself, with its result and checkpoint.
+    return ASHAScheduler(**by, max_t=epochs + 1, reduction_factor=search.reduction)

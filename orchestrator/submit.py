@@ -66,8 +66,8 @@ def plan(config: Config, *, sweep: bool, may_start: bool = True) -> Plan:
     """
     if sweep and config.search is None:
         raise InvalidInputError(
-            "search: missing, so there is nothing to sweep over. Add a section `search:` with `space:`; "
-            "`dab config schema` describes it."
+            "search: missing, so there is nothing to sweep over. Add a section `search:` with `space:`, "
+            "which `dab config schema` describes, or take a ready one with --set search.preset=quick."
         )
     config = resolved(config, may_start=may_start)
     if sweep:

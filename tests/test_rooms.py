@@ -34,6 +34,8 @@ ROOMS = {
                 "ray",
                 "mlflow",
                 "optuna",
+                "altair",
+                "vl_convert",
                 "pydantic",
                 "pydantic_core",
                 "yaml",

@@ -281,11 +281,34 @@ def test_an_override_without_key_or_value_is_refused(text):
         ("search.space.data.batch_size={int: [32, 64]}", "a trial could get data.batch_size=33"),
         ("search.space.optim.min_lr={log: [1e-5, 1e-2]}", "a trial could get optim.min_lr=0.01"),
         ("search.space.optim.momentum={float: [0.1, 0.9]}", "optim.momentum: has no effect with optim.name=adam"),
-        ("search.objectives=[{metric: val_top1}, {metric: val_loss, mode: min}]", "this version improves one"),
-        ("search.objectives=[{metric: val_loss}]", "would look for the worst val_loss"),
-        ("search.objectives=[{metric: packed_bytes, mode: min}]", "search.objectives[0].metric: \"packed_bytes\""),
-        ("search.algorithm=nsga2", "search.algorithm: \"nsga2\" must be 'tpe', 'random' or 'grid'"),
-        ("search.early_stop=pbt", "search.early_stop: \"pbt\" must be 'asha', or null"),
+        ("search.objectives=[{metric: val_loss, mode: max}]", "would look for the worst val_loss"),
+        ("search.objectives=[{metric: packed_bytes, mode: max}]", "would look for the worst packed_bytes"),
+        ("search.objectives=[]", "search.objectives: [] must be given"),
+        ("search.objectives=[{metric: val_topp1}]", "no trial logs val_topp1; did you mean val_top1?"),
+        ("search.objectives=[{metric: conv2/flips}]", "search.objectives[0].mode: missing"),
+        ("search.objectives=[{metric: val_top1}, {metric: val_top1}]", "val_top1 stands there twice"),
+        ("search.objectives=[{metric: packed_bytes}]", "search.early_stop: asha judges trials epoch by epoch"),
+        ("search.constraints=[packed_bytes < 3]", "must be a metric, <= or >=, and a number"),
+        ("search.constraints=[packedbytes <= 3]", "no trial logs packedbytes; did you mean packed_bytes?"),
+        ("search.algorithm=nsga3", "'random', 'grid', 'nsga2', 'gp' or 'cmaes'"),
+        ("search.algorithm=cmaes", "cmaes needs two keys at least"),
+        ("search={algorithm: cmaes, space: {seed: {int: [2, 3]}, schedule.name: {choice: [decay, cosine]}}}",
+         "search.space.schedule.name: cmaes draws numbers from ranges, and a choice has none"),
+        ("search={algorithm: cmaes, objectives: [{metric: val_top1},{metric: val_loss}], space: {seed: {int: [2, 3]}}}",
+         "improves one objective"),
+        ("search.early_stop=pbt", "search.early_stop: \"pbt\" must be 'asha' or 'median', or null"),
+        ("search={early_stop: none, grace_epochs: 3, space: {binarize.bin_start: {int: [2, 3]}}}",
+         "search.grace_epochs: has no effect"),
+        ("search.max_gpu_hours=1", "with cluster.gpus_per_worker=0 trials use no GPU"),
+        ("search.preset=refrence", "search.preset: \"refrence\" must be 'reference' or 'quick', or null"),
+        ("search={space: {schedule.name: {choice: [cosine, linear]}, schedule.interval: {int: [2, 9]}}}",
+         "search.space.schedule.interval: has no effect with any schedule.name of the space (\"cosine\", \"linear\")"),
+        ("search.space.schedule.name={choice: [step, cosine]}", "schedule.milestones: missing"),
+        ("search.space.schedule.milestones={choice: [[3, 2]]}", "must rise from each to the next"),
+        ("search.space.binarize.layers={subset: [2, 2]}", "none of them twice"),
+        ("search.space.binarize.layers={subset: [2, 3]}", "already chose the layers"),
+        ("search.space.binarize.plan={choice: [{weight: [2]}]}", "has the unknown key weight"),
+        ("search.space.optim.max_lr={subset: [2, 3]}", "search.space.optim.max_lr: [2, 3] must be a number"),
     ],
 )  # fmt: skip
 def test_a_search_that_cannot_be_run_is_refused_before_its_first_trial(override, expected):
@@ -324,6 +347,21 @@ def test_a_domain_says_its_kind_and_values():
 def test_none_is_another_word_for_no_early_stop():
     assert load_config(None, [*SEARCH, "search.early_stop=none"]).search.early_stop is None
     assert load_config(None, [*SEARCH, "search.early_stop=null"]).search.early_stop is None
+
+
+def test_several_objectives_let_each_trial_finish_unless_it_is_written():
+    both = "objectives: [{metric: val_top1}, {metric: packed_bytes}]"
+    space = "space: {seed: {int: [1, 9]}}"
+    search = load_config(None, [*SMALL, f"search={{{both}, {space}}}"]).search
+    assert (search.early_stop, [goal.mode for goal in search.objectives]) == (None, ["max", "min"])
+    assert load_config(None, [*SMALL, f"search={{{both}, {space}, early_stop: asha}}"]).search.early_stop == "asha"
+
+
+def test_a_constraint_says_metric_side_and_limit():
+    search = load_config(None, [*SEARCH, "search.constraints=['packed_bytes <= 300_000', 'val_top1>=9.5e1']"]).search
+    smaller, better = search.limits
+    assert (smaller.metric, smaller.excess(300_000), smaller.excess(330_000)) == ("packed_bytes", 0.0, 0.1)
+    assert (better.limit, better.excess(90.0) > 0, better.excess(96.0) < 0) == (95.0, True, True)
 
 
 def test_new_values_are_validated_against_the_rest():

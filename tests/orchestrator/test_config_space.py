@@ -39,6 +39,16 @@ def stages(*written: dict[str, Any]) -> str:
             'a trial could get binarize.inputs="none". binarize.inputs: binarize.plan already names',
         ),
         (
+            {"binarize.layers": {"subset": [2, 3]}},
+            ["binarize.bin_start=2"],
+            "a trial could get binarize.layers=[2, 3]. binarize.layers: binarize.bin_start already chose",
+        ),
+        (
+            {"schedule.milestones": {"choice": [[3], [3, 300]]}},
+            ["schedule={name: step, milestones: [2]}"],
+            "a trial could get schedule.milestones=[3, 300]. schedule.milestones: 300 is not below",
+        ),
+        (
             {"binarize.bin_end": {"int": [1, 7]}},
             [stages({"binarize": {"bin_start": 2}})],
             "a trial could get binarize.bin_end=1. train.stages[0] (0): binarize.bin_end: 1 comes before",
@@ -68,6 +78,9 @@ def test_a_point_that_breaks_a_rule_is_refused(space: dict[str, Any], overrides:
     ("space", "overrides"),
     [
         ({"binarize.inputs": {"choice": ["model", "none"]}}, []),
+        ({"binarize.layers": {"subset": [2, 3, "conv4"]}, "binarize.inputs": {"subset": [2, 3]}}, []),
+        ({"binarize.plan": {"choice": [{"weights": [2], "inputs": []}, None]}}, []),
+        ({"schedule.name": {"choice": ["step", "cosine"]}, "schedule.milestones": {"choice": [[3], [3, 5]]}}, []),
         ({"binarize.bin_end": {"int": [2, 7]}}, [stages({"binarize": {"bin_start": 2}})]),
         ({"binarize.bin_end": {"int": [1, 7]}}, [stages({"binarize": {"layers": [2]}}, {})]),
         ({"schedule.warmup_epochs": {"float": [0, 8]}}, [stages({"schedule": {"warmup_epochs": 1}}, {"epochs": 9})]),
@@ -102,8 +115,7 @@ def test_milestones_beyond_the_epochs_of_a_trial_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["binarize.plan", "binarize.layers", "train.distill", "train.kurtosis", "schedule.milestones", "data.mean",
-     "data.std", "model.num_classes", "train.distill.teacher"],
+    ["train.distill", "train.kurtosis", "data.mean", "data.std", "model.num_classes", "train.distill.teacher"],
 )  # fmt: skip
 def test_a_key_that_trials_share_is_not_called_unknown(key: str) -> None:
     assert key in known_keys(Config)

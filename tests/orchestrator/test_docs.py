@@ -9,7 +9,7 @@ from orchestrator.config import Config
 from orchestrator.config_errors import leaf_keys
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = ("model", "binarize", "optim", "schedule", "train", "cluster")
+SECTIONS = ("model", "binarize", "optim", "schedule", "train", "cluster", "search")
 KEYS = [key for key in leaf_keys(Config) if key.partition(".")[0] in SECTIONS]
 
 
