@@ -1,8 +1,9 @@
-"""The entrypoint of a run's job: `python -m jobs.supervise` starts `jobs.train` and starts it again when it is lost.
+"""The entrypoint of a job: `python -m jobs.supervise` starts `jobs.train` or `jobs.sweep`, and again when it is lost.
 
 A driver that was killed has left no result. As long as `cluster.max_failures` allows it another one is started, which
-finds the newest checkpoint; when the job itself is ended (`dab stop --now`, or this process is killed) the driver ends
-with it. Imports neither ray nor torch: it only waits, for as long as the run goes on, in 40 MB.
+finds the newest checkpoint, or the book of the sweep; when the job itself is ended (`dab stop --now`, or this process
+is killed) the driver ends with it. Imports neither ray nor torch: it only waits, for as long as the run goes on, in
+40 MB.
 """
 
 import ctypes
@@ -23,7 +24,7 @@ from orchestrator.failure import HUNG, PASSING, Action, Decision, Failure, Kind,
 from orchestrator.job import VARIABLE
 from orchestrator.story import message, note, reached, recorded
 
-_PROGRAM = "jobs.train"
+_PROGRAMS = {"train": "jobs.train", "sweep": "jobs.sweep"}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -31,7 +32,7 @@ def main() -> int:
     """Run the driver to the end of the run; return its exit code, or 1 when it is given up."""
     job = json.loads(os.environ[VARIABLE])
     folder = RunFolder.of(job["folder"])
-    driver = _Driver()
+    driver = _Driver(_PROGRAMS[job["kind"]])
     _begin(folder, job)
     while not driver.is_ending:
         with suppress(OSError, DabError):
@@ -57,15 +58,15 @@ class _Driver:
         is_ending: Whether the job is to end: no other is started.
     """
 
-    def __init__(self) -> None:
-        self.is_ending = False
+    def __init__(self, program: str) -> None:
+        self.is_ending, self._program = False, program
         self._process: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
 
     def run(self) -> int:
         """Run it to its end and return its exit code, negative for a signal."""
-        self._process = subprocess.Popen([sys.executable, "-m", _PROGRAM], preexec_fn=_end_with_parent)
+        self._process = subprocess.Popen([sys.executable, "-m", self._program], preexec_fn=_end_with_parent)
         return self._process.wait()
 
     def _end(self, number: int, _frame: object) -> None:

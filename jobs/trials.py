@@ -1,44 +1,55 @@
-"""Trials as runs: their folders, what they tell Ray Tune, and how the sweep records each as a child run in MLflow."""
+"""Trials as runs: what they tell Ray Tune, and how the sweep records each as a child run in MLflow."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from ray import tune
 
 from dabnn.errors import InvalidInputError
-from dabnn.run_folder import RunFolder
-from jobs.record import FLUSH_TIMEOUT_S, leave_result, record_best, tell_end, tell_start
+from dabnn.run_folder import RunFolder, headline
+from jobs.ledger import Ledger, trial_folder, trial_name
+from jobs.record import FLUSH_TIMEOUT_S, tell_end, tell_start
 from jobs.train import say
 from orchestrator import tracking
 from orchestrator.config import alone, flatten, to_dict, to_yaml, with_overrides
 from orchestrator.config_search import Search
 from orchestrator.job import Job
 from orchestrator.search import trial_config
+from orchestrator.study import StudyTrial
 from orchestrator.tracking import MetricFollower
 
 NESTED_POLL_S = 0.5
 
 
-def trial_folder(job: Job, trial_id: str) -> RunFolder:
-    """Return the folder of a trial, under the sweep's."""
-    return job.run_folder.child(f"trials/{trial_id}")
-
-
 class ReportToTune:
-    """Tells Ray Tune about each finished epoch of a trial."""
+    """Tells Ray Tune about each finished epoch of a trial, once.
 
-    def __init__(self, packed_bytes: float) -> None:
-        self._packed_bytes = packed_bytes
+    Args:
+        folder: The trial's.
+        metrics: What Tune is told beside the headline.
+    """
+
+    def __init__(self, folder: RunFolder, metrics: tuple[str, ...] = ()) -> None:
+        self._folder, self._metrics, self._reported = folder, metrics, 0
+
+    def catch_up(self) -> None:
+        """Report the epochs that the folder holds: of the trial before it was interrupted, or on other workers."""
+        for line in self._folder.metrics():
+            self.epoch_finished(line["step"], line["metrics"])
 
     def epoch_finished(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Report the epoch's metrics and the size of the packed model."""
-        tune.report(metrics | {"epoch": epoch, "packed_bytes": self._packed_bytes})
+        """Report the epoch's metrics; returns when Tune has decided that the trial goes on, else ends this thread."""
+        if epoch <= self._reported:
+            return
+        self._reported = epoch
+        wanted = {name: metrics[name] for name in self._metrics if name in metrics}
+        tune.report(headline(metrics) | wanted | {"epoch": epoch})
 
 
-def follow_nested(folder: RunFolder, observer: ReportToTune, run: Callable[[], dict[str, Any]]) -> None:
-    """Call `run` in a thread and report the epochs that appear in `folder` from this one, as Tune wants it.
+def follow_nested(observer: ReportToTune, run: Callable[[], object]) -> None:
+    """Call `run` in a thread and report the epochs that appear in the trial's folder from this one, as Tune wants it.
 
     Raises:
         DabError: What `run` raised.
@@ -53,153 +64,130 @@ def follow_nested(folder: RunFolder, observer: ReportToTune, run: Callable[[], d
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    reported = 0
     is_over = False
     while not is_over:
         is_over = not thread.is_alive()
-        for line in folder.metrics()[reported:]:
-            observer.epoch_finished(line["step"], line["metrics"])
-            reported += 1
+        observer.catch_up()
         thread.join(NESTED_POLL_S)
     for error in errors:
         raise error
 
 
-class TrialRecorder(tune.Callback):
+class TrialRecorder:
     """Creates a child run for each trial, follows its metrics, and marks how it ended.
 
-    Tune calls it in the driver and waits, so MLflow is asked by the follower's thread, and again where it is away. The
-    folders of the trials are the record: the best is chosen from them. Tune also pickles its callbacks; only the
-    description of the sweep travels.
+    The driver does not wait for MLflow: it is asked by the follower's thread, and again where it is away. The folders
+    of the trials are the record.
     """
 
-    def __init__(self, job: Job, search: Search) -> None:
-        self._job, self._search = job, search
-        self._started: dict[str, Job] = {}
-        self._run_ids: dict[str, str] = {}
-        self._ended: set[str] = set()
-        self._follower: MetricFollower | None = MetricFollower(job.tracking_uri)
+    def __init__(self, job: Job, search: Search, ledger: Ledger) -> None:
+        self._job, self._search, self._ledger = job, search, ledger
+        self._base = trial_config(job.parsed_config())
+        self._children: dict[int, Job] = {}
+        self._ended: set[int] = set()
+        self._follower = MetricFollower(job.tracking_uri)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_follower": None, "_run_ids": dict(self._run_ids)}
+    def catch_up(self, trials: list[StudyTrial]) -> None:
+        """Have MLflow told what it does not know yet of trials that ended under another driver."""
+        ended = {trial_name(self._job, trial.number): trial for trial in trials if trial.state != "running"}
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """Have the child run created."""
-        if trial.trial_id in self._started:
+        def compare() -> None:
+            known = {run.name: run for run in tracking.find_runs(self._job.tracking_uri, parent=self._job.run_id)}
+            for name, trial in ended.items():
+                if name not in known or known[name].status in ("queued", "running"):
+                    self._begin(trial.number, trial.values)
+                    left = trial_folder(self._job, trial.number).result()
+                    self._end(trial.number, left or {"status": "failed", "message": trial.reason})
+
+        if ended:
+            self._follower.owe(compare)
+
+    def started(self, number: int, values: dict[str, Any]) -> None:
+        """Have the child run of a trial created; nothing happens when it was."""
+        if number in self._children:
             return
-        number = len(self._started) + 1
-        say(f"trial {number}/{self._search.num_trials} started: {describe_point(_point(trial))}")
-        base, point = trial_config(self._job.parsed_config()), _point(trial)
+        say(f"trial {number + 1}/{self._search.num_trials} started: {describe_point(values)}")
+        self._begin(number, values)
+
+    def ended(self, number: int, left: dict[str, Any]) -> None:
+        """Mark the child run of a trial with how it ended."""
+        if number not in self._children or number in self._ended:
+            return
+        self._end(number, left)
+        epochs = trial_folder(self._job, number).metrics()
+        shown = f", {self._score(epochs[-1]['metrics'])} after {len(epochs)} epochs" if epochs else ""
+        say(f"trial {trial_name(self._job, number)}: {left.get('message') or left['status']}{shown}")
+
+    def close(self) -> None:
+        """Mark the trials that go on no more as stopped, and send MLflow what it can take within 20 s."""
+        for number in self._children.keys() - self._ended:
+            left = trial_folder(self._job, number).result()
+            self._end(number, left or {"status": "stopped", "message": "stopped with the sweep"})
+        self._follower.close(timeout_s=FLUSH_TIMEOUT_S)
+        missing = [child.name for number, child in sorted(self._children.items()) if not self._ledger.run_of(number)]
+        if missing:
+            say(f"not in MLflow, which was away or refused: {', '.join(missing)} (their folders keep the record)")
+
+    def _begin(self, number: int, values: dict[str, Any]) -> None:
         try:
-            config = with_overrides(base, point)
+            config = with_overrides(self._base, values)
         except InvalidInputError:  # the trial meets it, too, and ends with it; an error here would end the sweep
             config = None
         child = replace(
             self._job,
             kind="train",
             run_id="",
-            name=f"{self._job.name}-t{number:02d}",
-            folder=trial_folder(self._job, trial.trial_id).location,
+            name=trial_name(self._job, number),
+            folder=trial_folder(self._job, number).location,
             attempt=1,
-            config=to_dict(base if config is None else config),
+            config=to_dict(self._base if config is None else config),
         )
-        self._started[trial.trial_id] = child
-        params = flatten(base) | point if config is None else flatten(config)
-        self._owe(
-            lambda: self._create(trial.trial_id, child, params, None if config is None else to_yaml(alone(config)))
+        self._children[number] = child
+        params = flatten(self._base) | values if config is None else flatten(config)
+        self._follower.owe(
+            lambda: self._create(number, child, params, None if config is None else to_yaml(alone(config)))
         )
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """Mark the child run as finished, or as stopped early."""
-        self._end(trial, "finished", "")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """Mark the child run as failed; the sweep goes on."""
-        lines = str(trial.get_error() or "the trial's process died").strip().splitlines()
-        self._end(trial, "failed", lines[-1] if lines else "")
-
-    def close(self) -> dict[str, Any]:
-        """Flush metrics and return the result of the sweep: status, message, metrics and run of the best trial."""
-        for trial_id in self._started:
-            self._end_child(trial_id)
-        if self._follower is not None:
-            self._follower.close(timeout_s=FLUSH_TIMEOUT_S)
-        missing = [child.name for trial_id, child in self._started.items() if trial_id not in self._run_ids]
-        if missing:
-            say(f"not in MLflow, which was away or refused: {', '.join(missing)} (their folders keep the record)")
-        objective = self._search.objectives[0]
-        sign = 1.0 if objective.mode == "max" else -1.0
-        scored = [(sign * metrics[objective.metric], trial_id, metrics) for trial_id, metrics in self._last_metrics()
-                  if objective.metric in metrics]  # fmt: skip
-        was_stopped = self._job.run_folder.is_stop_requested()
-        if not scored:
-            status = "stopped" if was_stopped else "failed"
-            return {"status": status, "message": "no trial finished an epoch", "metrics": {}}
-        _, best_id, metrics = max(scored, key=lambda entry: entry[0])
-        best = replace(self._started[best_id], run_id=self._run_ids.get(best_id, ""))
-        record_best(self._job, best, metrics, step=len(self._ended))
-        message = f"best trial {best.name}" + (" (stopped before all trials ran)" if was_stopped else "")
-        status = "stopped" if was_stopped else "finished"
-        return {"status": status, "message": message, "metrics": metrics, "best": best.run_id or None}
-
-    def _last_metrics(self) -> Iterator[tuple[str, dict[str, float]]]:
-        for trial_id, child in self._started.items():
-            epochs = child.run_folder.metrics()
-            if epochs:
-                yield trial_id, epochs[-1]["metrics"]
-
-    def _owe(self, call: Callable[[], None]) -> None:
-        if self._follower is not None:
-            self._follower.owe(call)
-
-    def _create(self, trial_id: str, child: Job, params: dict[str, Any], config: str | None) -> None:
+    def _create(self, number: int, child: Job, params: dict[str, Any], config: str | None) -> None:
         """Create a child run and follow its metrics; `config` is that of a trial that can be resumed."""
         folder = child.run_folder
         tags = {"dab.kind": "trial", "dab.folder": child.folder, "dab.job_id": self._job.job_id}
         uri, parent = self._job.tracking_uri, self._job.run_id
         run_id = tracking.create_run(
             uri, child.experiment, child.name, params=params, tags=tags | child.whereabouts, parent=parent,
-            key=f"{parent}-{trial_id}",
+            key=f"{parent}-{number:04d}",
         )  # fmt: skip
         child = replace(child, run_id=run_id)
+        static = self._ledger.static_of(number)
+        if static:
+            tracking.log_metrics(uri, run_id, static, step=0)
         if config is not None:
             child.save()
             folder.leave("config.yaml", config)
         tell_start(child)
-        if self._follower is not None:
-            self._follower.follow(folder, run_id)
-        self._run_ids[trial_id] = run_id
+        self._follower.follow(folder, run_id)
+        self._ledger.name_run(number, run_id)
 
-    def _end(self, trial: Any, status: str, message: str) -> None:
-        folder = trial_folder(self._job, trial.trial_id)
-        if not folder.result() or status == "failed":
-            leave_result(folder, {"status": status, "message": message or "stopped early"})
-        if trial.trial_id in self._started:
-            self._end_child(trial.trial_id)
+    def _end(self, number: int, left: dict[str, Any]) -> None:
+        self._ended.add(number)
+        self._follower.owe(lambda: self._tell_end(number, left))
 
-    def _end_child(self, trial_id: str) -> None:
-        if trial_id in self._ended:
-            return
-        self._ended.add(trial_id)
-        child = self._started[trial_id]
-        result = child.run_folder.result() or {"status": "stopped", "message": "stopped with the sweep"}
-        self._owe(lambda: self._tell_end(trial_id, child, result))
-        epochs = child.run_folder.metrics()
-        shown = f", val top-1 {epochs[-1]['metrics']['val_top1']:.2f} % after {len(epochs)} epochs" if epochs else ""
-        say(f"trial {child.name}: {result['message'] or result['status']}{shown}")
-
-    def _tell_end(self, trial_id: str, child: Job, result: dict[str, Any]) -> None:
-        run_id = self._run_ids.get(trial_id)
+    def _tell_end(self, number: int, left: dict[str, Any]) -> None:
+        run_id = self._ledger.run_of(number)
         if run_id is None:  # MLflow refused to create it
             return
-        tell_end(replace(child, run_id=run_id), result)
-        if self._follower is not None:
-            self._follower.rest(run_id)
+        if latency := {key: value for key, value in self._ledger.static_of(number).items() if key == "latency_ms"}:
+            tracking.log_metrics(self._job.tracking_uri, run_id, latency, step=0)
+        tell_end(replace(self._children[number], run_id=run_id), left)
+        self._follower.rest(run_id)
 
-
-def _point(trial: Any) -> dict[str, Any]:
-    """Return what the trial tries; a grid hands it over under one key."""
-    return dict(trial.config.get("point", trial.config))
+    def _score(self, metrics: dict[str, float]) -> str:
+        static = {name: metrics[name] for name in ("val_top1",) if name in metrics}
+        names = [each.metric for each in self._search.objectives if each.metric in metrics]
+        shown = {name: metrics[name] for name in names} or static
+        return ", ".join(
+            f"val top-1 {value:.2f} %" if name == "val_top1" else f"{name} {value:.4g}" for name, value in shown.items()
+        )
 
 
 def describe_point(values: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -122,10 +122,12 @@ def resume_run(
     say: Say,
     address: str | None = None,
     is_forced: bool = False,
+    changes: Sequence[str] = (),
 ) -> View:
     """Resume a stopped or failed run, on the cluster it was on or another, and follow it to its end unless `detach`."""
     tracker = tracking_uri(uri, say, reference)
-    job, target = runs.resume(tracker, reference, patiently(say), address=address, is_forced=is_forced)
+    wait = patiently(say)
+    job, target = runs.resume(tracker, reference, wait, address=address, is_forced=is_forced, changes=changes)
     say(f"resumed {job.name} as attempt {job.attempt}")
     return _follow_to_end(job, target, detach=detach, say=say)
 

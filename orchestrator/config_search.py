@@ -114,6 +114,16 @@ class Objective(Section):
         return raw
 
 
+class Latency(Section):
+    """Where and how latency_ms is measured."""
+
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="of the node that the trial runs on; cuda for trials that have a GPU"
+    )
+    threads: int = Field(default=1, ge=1, description="on the CPU; with 1 other programs do not lengthen the figure")
+    batch_size: int = Field(default=1, ge=1, description="images at once")
+
+
 @dataclass(frozen=True)
 class Constraint:
     """What a trial must satisfy to be the best, or on the front.
@@ -197,6 +207,7 @@ class Search(Section):
         "improve late",
     )
     reduction: int = Field(default=2, ge=2, description="asha goes on with one of so many trials at each judgement")
+    latency: Latency = Field(default_factory=Latency, description="where latency_ms is measured")
     epochs: int | None = Field(default=None, ge=1, description="epochs of one trial; null: train.epochs")
     max_concurrent: int | None = Field(default=None, ge=1, description="trials at a time; null: as many as fit")
     max_minutes: float | None = Field(

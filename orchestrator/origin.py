@@ -88,7 +88,7 @@ def load(folder: RunFolder) -> Origin | None:
     return Origin(**values) if values else None
 
 
-def expect(folder: RunFolder, config: Config, *, is_here: bool, is_forced: bool) -> None:
+def expect(folder: RunFolder, config: Config, *, is_here: bool, is_forced: bool, is_sweep: bool = False) -> None:
     """Refuse to resume a run that would not be the same any more, before anything is submitted.
 
     Args:
@@ -97,11 +97,12 @@ def expect(folder: RunFolder, config: Config, *, is_here: bool, is_forced: bool)
         is_here: Whether it goes on with this machine's packages and files; otherwise its job compares those, on the
             cluster.
         is_forced: Accept other code and another environment.
+        is_sweep: Whether it is a sweep, whose search is written with the rest.
 
     Raises:
         InvalidInputError: Says what differs.
     """
-    check_written(folder, config)
+    check_written(folder, config if is_sweep else alone(config))
     before = load(folder)
     if before is None:
         return
@@ -167,6 +168,10 @@ def _changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 def check_written(folder: RunFolder, config: Config) -> None:
     """Refuse to resume a run whose `config.yaml` somebody has changed, which nothing would look at.
 
+    Args:
+        folder: The run's folder.
+        config: What was written there.
+
     Raises:
         InvalidInputError: Names what differs.
     """
@@ -178,7 +183,7 @@ def check_written(folder: RunFolder, config: Config) -> None:
         written = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise InvalidInputError(f"{folder.place_of('config.yaml')}: is no YAML any more ({error}).") from error
-    changed = _changed_values(_flat(to_dict(alone(config))), _flat(written or {}))
+    changed = _changed_values(_flat(to_dict(config)), _flat(written or {}))
     if changed:
         raise InvalidInputError(
             f"{folder.place_of('config.yaml')}: was changed since the run began ({'; '.join(changed)}). A run keeps "

@@ -12,7 +12,7 @@ from orchestrator.output import Report, Table, View
 from orchestrator.report_compare import compare_page, differences, read_runs, results
 from orchestrator.report_page import Grid, Page, write
 from orchestrator.report_run import OnBatch, run_page
-from orchestrator.report_sweep import sweep_page, with_sizes
+from orchestrator.report_sweep import sweep_page, with_sizes, words
 from orchestrator.sweep_record import SweepRecord
 
 ARTIFACTS = "report"
@@ -82,6 +82,15 @@ def log_report(uri: str, run_id: str, folder: RunFolder) -> None:
         written = write(page, Path(place))
         for file in [written["html"], *written["png"], *written["csv"]]:
             tracking.log_file(uri, run_id, Path(file), ARTIFACTS)
+
+
+def sweep_words(folder: RunFolder) -> str:
+    """Return the result of the sweep in a folder in words.
+
+    Raises:
+        InvalidInputError: No trial has finished.
+    """
+    return words(with_sizes(SweepRecord.read(folder.fresh())))
 
 
 def _of_sweep(folder: RunFolder, uri: str) -> tuple[Page, dict[str, Any]]:

@@ -4,7 +4,7 @@ The Jobs API knows what lives, MLflow and the run's folder what lasts.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from dabnn.checkpoints import list_checkpoints
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.run_folder import RunFolder
 from orchestrator import queue, tracking
+from orchestrator.config import to_yaml
+from orchestrator.extension import extended
 from orchestrator.found_runs import folder_of as folder_of
 from orchestrator.home import home_folder
 from orchestrator.job import Job, is_job_of
@@ -249,8 +251,11 @@ def resume(
     *,
     address: str | None = None,
     is_forced: bool = False,
+    changes: Sequence[str] = (),
 ) -> tuple[Job, Target]:
     """Submit the next attempt of a run that stopped or failed; it continues from its newest checkpoint.
+
+    A sweep goes on with the trials that have not ended; one that has finished goes on if `changes` allow more.
 
     Args:
         uri: Tracking server.
@@ -260,34 +265,35 @@ def resume(
             own cluster does not answer counts as lost then.
         is_forced: Accept other code and another environment than the run began with, and that its cluster does not
             answer.
+        changes: Limits of a sweep that change, see `orchestrator.extension`.
 
     Raises:
-        InvalidInputError: The run is still going, has finished, or is a sweep; or something differs from what it began
-            with.
+        InvalidInputError: The run is still going or has finished; or something differs from what it began with.
     """
     current = status(uri, reference)
     record = tracking.find_run(uri, current.run_id)
     wanted = resolve_target(address) if address else target_of(record)
     is_elsewhere = wanted.jobs_url != record.tags.get("dab.jobs_url", "")
     is_lost = (is_forced or is_elsewhere) and current.status not in ENDED and _job_status(record) == UNREACHABLE
-    if current.status not in ("stopped", "failed") and not is_lost:
+    is_sweep = current.kind == "sweep"
+    is_more = is_sweep and current.status == "finished" and bool(changes)
+    if current.status not in ("stopped", "failed") and not is_lost and not is_more:
         advice = _advice(record, current)
         raise InvalidInputError(
             f"{current.name}: is {current.status}; only a stopped or failed run can be resumed. {advice}"
         )
-    if current.kind == "sweep":
-        raise InvalidInputError(
-            f"{current.name}: is a sweep, which cannot be resumed. Resume a trial of it, or submit the sweep again."
-        )
     _await_exit(record, on_wait)
     folder = RunFolder.of(current.folder)
     # The tracker may have come back under another address since the last attempt.
-    job = replace(Job.load(folder).next_attempt(), tracking_uri=uri)
-    expect(folder, job.parsed_config(), is_here=wanted.is_embedded, is_forced=is_forced)
+    before = replace(Job.load(folder).next_attempt(), tracking_uri=uri)
+    job = extended(before, changes)
+    expect(folder, before.parsed_config(), is_here=wanted.is_embedded, is_forced=is_forced, is_sweep=is_sweep)
     target, _ = ensure_services(uri, on_wait, target=wanted)
     reached = reach(target)
     check_size(job.parsed_config().cluster, target, reached)
     job = replace(job, target=target.name, jobs_url=target.jobs_url)
+    if job.config != before.config:
+        folder.leave("config.yaml", to_yaml(job.parsed_config()))
     folder.clear_stop()
     folder.forget_result()
     tracking.set_tags(uri, job.run_id, {"dab.message": "", "dab.job_id": job.job_id, **being_sent()})
@@ -301,6 +307,8 @@ def resume(
 
 def _advice(record: RunRecord, current: RunStatus) -> str:
     """Return what to do with a run that cannot be resumed."""
+    if current.status == "finished" and current.kind == "sweep":
+        return "More trials are added with --set search.num_trials=+20."
     if current.status == "finished":
         return "It has nothing left to do."
     if _job_status(record) == UNREACHABLE:

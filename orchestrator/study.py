@@ -37,7 +37,6 @@ _NAME = "sweep"
 # A point that was tried or breaks a constraint of its network is drawn again: by the sampler, then evenly.
 _SAMPLER_DRAWS, _EVEN_DRAWS = 8, 500
 _POPULATION = 20  # of NSGA-II; Optuna's 50 would be one generation of a small sweep
-_FEWEST_FOR_IMPORTANCES = 5
 _DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 _STATES = {
     TrialState.RUNNING: "running", TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned",
@@ -240,20 +239,6 @@ class Study:
         if len(self._search.objectives) == 1:
             return [max(scores, key=lambda number: scores[number])] if scores else []
         return [number for number, own in scores.items() if not any(_dominates(o, own) for o in scores.values())]
-
-    def importances(self) -> dict[str, float]:
-        """Return parameter -> share of the variance of the first objective that it explains (fANOVA), largest first.
-
-        Of keys that every finished trial has; {} for fewer than five. A subset has one parameter an entry.
-        """
-        finished = [trial for trial in self._journal.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
-        if len(finished) < _FEWEST_FOR_IMPORTANCES or len({trial.values[0] for trial in finished}) == 1:
-            return {}
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        found = optuna.importance.get_param_importances(
-            self._journal, evaluator=evaluator, target=lambda trial: trial.values[0]
-        )
-        return {key: float(share) for key, share in found.items()}
 
     def _proposals(self, trials: Sequence[FrozenTrial]) -> Iterator["_Proposal"]:
         space, number = self._search.space, len(trials)

@@ -327,8 +327,7 @@ def parcel_of(job: Job, target: Target, reached: Reached | None) -> tuple[Parcel
     section, needs = config.cluster, Needs.of(config.cluster)
     claim = claim_of_sweep(needs, config.search) if job.kind == "sweep" and config.search else needs
     carried = queue.metadata(job.name, section.priority, claim, target.max_running)
-    program = "jobs.sweep" if job.kind == "sweep" else "jobs.supervise"
-    parcel = Parcel(program, job.job_id, job.to_json(), job.run_id, job.kind, carried)
+    parcel = Parcel("jobs.supervise", job.job_id, job.to_json(), job.run_id, job.kind, carried)
     if reached is None:
         return parcel, ""
     short = shortage(needs, reached.nodes, str(target)) if section.wait else None

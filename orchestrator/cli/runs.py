@@ -120,9 +120,13 @@ def stop(
     out.hint("dab", *(["export", run, "-o", "model.safetensors"] if data["kind"] == "sweep" else ["resume", run]))
 
 
-@app.command("resume", epilog="Example: dab resume 3f2a")
+@app.command("resume", epilog="Example: dab resume 3f2a, or of a sweep: dab resume 3f2a --set search.num_trials=+20")
 def resume(
     run: Run,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another limit of a sweep, such as search.num_trials=+20."),
+    ] = None,
     force: Annotated[
         bool,
         typer.Option(
@@ -135,9 +139,12 @@ def resume(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a stopped or failed run from its newest checkpoint, on the cluster it was on unless another is named."""
+    """Continue a stopped or failed run from its newest checkpoint, or a sweep, on the cluster it was on by default."""
     from orchestrator import commands
 
     out = Output(is_json=as_json)
-    out.result(*commands.resume_run(uri, run, detach=detach, say=out.note, address=address, is_forced=force))
+    view = commands.resume_run(
+        uri, run, detach=detach, say=out.note, address=address, is_forced=force, changes=changes or []
+    )
+    out.result(*view)
     out.hint("dab", *(["logs", run, "--follow"] if detach else ["status", run]))

@@ -201,14 +201,6 @@ def test_trials_that_were_ended_early_count_but_are_never_the_best(algorithm: st
     assert study.front()[0] % 3 == 0
 
 
-def test_importance_goes_to_the_parameter_that_matters(tmp_path: Path) -> None:
-    study = open_study(tmp_path / "s.jsonl", algorithm="random", num_trials=25)
-    assert run(study, num=4).importances() == {}
-    found = run(study).importances()
-    assert set(found) == set(SPACE)
-    assert found["optim.weight_decay"] < 0.3 < found["optim.max_lr"] + found[START] + found[END]
-
-
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
