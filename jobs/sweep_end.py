@@ -59,7 +59,7 @@ def nothing_found(job: Job, search: Search, trials: list[StudyTrial]) -> str:
             f"{limit.metric} {closest.metrics.get(limit.metric, float('nan')):g}" for limit in search.limits
         )
         return f"no trial keeps {limits}; the closest, {trial_name(job, closest.number)}, has {has}."
-    return "no trial came to its end"  # a stopped sweep
+    return "stopped before a trial came to its end; `dab resume` goes on with them"
 
 
 def _excess(trial: StudyTrial, limit: Any) -> float:

@@ -151,7 +151,12 @@ class TrialRecorder:
     def _create(self, number: int, child: Job, params: dict[str, Any], config: str | None) -> None:
         """Create a child run and follow its metrics; `config` is that of a trial that can be resumed."""
         folder = child.run_folder
-        tags = {"dab.kind": "trial", "dab.folder": child.folder, "dab.job_id": self._job.job_id}
+        tags = {
+            "dab.kind": "trial",
+            "dab.trial": str(number),
+            "dab.folder": child.folder,
+            "dab.job_id": self._job.job_id,
+        }
         uri, parent = self._job.tracking_uri, self._job.run_id
         run_id = tracking.create_run(
             uri, child.experiment, child.name, params=params, tags=tags | child.whereabouts, parent=parent,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from orchestrator.resolve import train_spec
 from orchestrator.runs import RunStatus
 from orchestrator.sent_runs import tracker_at, tracker_of
 from orchestrator.submit import check_size, placed, plan, preview_of, resolved, submit
+from orchestrator.sweep_table import watch
 from orchestrator.target import Target, resolve_target
 from orchestrator.tracking import RunRecord
 from orchestrator.tracking_server import ensure_tracking, tracking_down, tracking_status
@@ -387,7 +389,11 @@ def _follow_to_end(job: Job, target: Target, *, detach: bool, say: Say) -> View:
 def _follow(job: Job, target: Target, say: Say) -> None:
     short = job.run_id[:_SHORT_ID]
     try:
-        for text in follow_job(target, job.job_id, say):
+        chunks = follow_job(target, job.job_id, say)
+        if job.kind == "sweep" and sys.stderr.isatty():
+            watch(job, chunks)
+            return
+        for text in chunks:
             for line in text.splitlines():
                 say(line)
     except KeyboardInterrupt:
@@ -396,20 +402,23 @@ def _follow(job: Job, target: Target, say: Say) -> None:
 
 
 def _ending(current: RunStatus) -> str:
+    if current.kind == "sweep" and current.message:
+        return f"{current.status}, {current.message}"
     top1 = current.metrics.get("val_top1")
     return current.status + ("" if top1 is None else f", val top-1 {top1:.2f} %")
 
 
 def _status_view(current: RunStatus) -> View:
-    progress = current.progress
+    progress, is_sweep = current.progress, current.kind == "sweep"
     lines: dict[str, Any] = {
         "run": f"{current.name} ({current.run_id})",
         "status": current.status,
         "message": current.message,
         "attempts": current.attempts,
-        "epoch": f"{current.epoch}/{progress['epochs']}" if progress else "",
-        "step": current.step,
-        "rate": f"{progress['images_per_s']:.0f} images/s" if progress else "",
+        "epoch": f"{current.epoch}/{progress['epochs']}" if progress and not is_sweep else "",
+        "step": "" if is_sweep else current.step,
+        "trials ended": f"{progress['step']} of {progress['num_trials']}" if progress and is_sweep else "",
+        "rate": f"{progress['images_per_s']:.0f} images/s" if progress and not is_sweep else "",
         "left": duration_text(progress["eta_s"]) if progress.get("eta_s") and current.status == "running" else "",
         "metrics": ", ".join(f"{key} {value:.4g}" for key, value in headline(current.metrics).items()),
         "checkpoints": ", ".join(Path(checkpoint["path"]).name for checkpoint in current.checkpoints),

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from dabnn.errors import InvalidInputError
 from orchestrator.config import Config, flatten, to_dict, with_overrides
 from orchestrator.config_errors import show
+from orchestrator.config_source import parse_override
 from orchestrator.job import Job
 
 FREE = ("search.num_trials", "search.max_concurrent", "search.max_minutes", "search.max_gpu_hours")
@@ -45,19 +47,12 @@ def extended(job: Job, changes: Sequence[str]) -> Job:
     return replace(job, config=to_dict(after))
 
 
-def _read(config: Config, change: str) -> tuple[str, object]:
-    import yaml
-
-    key, sign, text = change.partition("=")
-    if not sign:
-        raise InvalidInputError(f"--set: {change!r} must be KEY=VALUE, such as search.num_trials=+20.")
-    try:
-        if not text.startswith("+"):
-            return key, yaml.safe_load(text)
-        value = flatten(config).get(key)
-        added = yaml.safe_load(text[1:])
-    except yaml.YAMLError as error:
-        raise InvalidInputError(f"--set: {change!r} holds no value ({error}).") from error
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(added, int | float):
-        raise InvalidInputError(f"--set: {change!r}: there is no number to add to; write {key}=NUMBER.")
-    return key, value + added
+def _read(config: Config, change: str) -> tuple[str, Any]:
+    key, value = parse_override(change)
+    text = change.partition("=")[2].strip()
+    if not text.startswith("+"):
+        return key, value
+    before = flatten(config).get(key)
+    if any(isinstance(each, bool) or not isinstance(each, int | float) for each in (before, value)):
+        raise InvalidInputError(f"--set: {change!r}: there is no number to add to. Write {key}=NUMBER.")
+    return key, before + value

@@ -5,15 +5,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from dabnn.data.remote import is_url
 from dabnn.errors import DabError, InvalidInputError
 from orchestrator import queue, tracking
 from orchestrator.capacity import Needs, shortage
 from orchestrator.config import Config, alone, flatten, resolve_paths, to_dict, to_yaml, with_overrides
 from orchestrator.config_search import Search
 from orchestrator.config_sections import Cluster as ClusterSection
-from orchestrator.found_runs import checkpoint_of
+from orchestrator.found_runs import checkpoint_of, folder_of
 from orchestrator.home import home_folder
 from orchestrator.job import Job
 from orchestrator.jobs_api import LIVING_JOBS, job_status, stop_job
@@ -25,6 +27,7 @@ from orchestrator.resolve import check_room, manifest_of, model_table, resolve
 from orchestrator.search import check_trials
 from orchestrator.send import Parcel, hand_over, preview, send
 from orchestrator.sent_runs import being_sent, remember, sent_run
+from orchestrator.start_points import start_points
 from orchestrator.target import Target, ensure_target, resolve_target
 from orchestrator.tracking_server import ensure_tracking, tracking_status
 
@@ -92,16 +95,25 @@ def resolved(config: Config, *, may_start: bool = True) -> Config:
         InvalidInputError: Something in `config` cannot run, or a run that it names does not exist.
     """
 
-    def find(name: str) -> str:
+    def tracker() -> str:
         uri = config.tracking.uri or (ensure_tracking() if may_start else tracking_status().uri)
         if uri is None:
             raise InvalidInputError(
                 "the experiment tracker, which knows the runs, is not running, and a dry run starts nothing. Start it "
                 "with `dab ui`, or submit without --dry-run."
             )
-        return checkpoint_of(uri, name)
+        return uri
 
-    return resolve(resolve_paths(config), find)
+    def find(name: str) -> str:
+        return checkpoint_of(tracker(), name)
+
+    config = resolve(resolve_paths(config), find)
+    name = config.search and config.search.start_from
+    if not name or config.search is None or is_url(name) or Path(name).is_absolute():
+        return config
+    start = folder_of(tracking.find_run(tracker(), name))
+    start_points(start, config.search)  # refuses what holds no run
+    return with_overrides(config, {"search.start_from": start.location})
 
 
 def submit(

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from program import ROOT, Dab, Done, finish, has_checkpoint, kill, processes_of, wait_until
 
+from dabnn.run_folder import RunFolder
 from orchestrator import tracking
 from orchestrator.mlflow_client import unchecked_client
 from orchestrator.processes import members, recorded
@@ -438,6 +439,27 @@ def test_a_finished_search_is_not_resumed_and_a_run_without_checkpoint_is_not_ex
     assert list(tmp_path.iterdir()) == []
     done = dab("resume", "grid")
     assert done.code == 2
+    assert "--set search.num_trials=+20" in done.message
+    done = dab("resume", "grid", "--set", "search.algorithm=tpe")
+    assert done.code == 2
+    assert 'search.algorithm: was "grid", is "tpe"' in done.message
+
+
+def test_a_search_is_extended_and_goes_on_after_its_driver_was_killed_without_repeating_a_trial(
+    dab: Dab, side_by_side: tuple[Sweep, Sweep, dict[str, Any]]
+) -> None:
+    sweep, _, _ = side_by_side
+    run_id = dab.ok("resume", "drawn", "--set", "search.num_trials=+2", "--detach")["run_id"]
+    trials = dab.folder(run_id).root / "trials"
+    (driver,) = wait_until(lambda: (trials / "0003").is_dir() and processes_of(run_id, "-m jobs.sweep"))
+    kill(driver)
+    status = ended(dab, run_id)
+    assert status["status"] == "finished"
+    assert any("its driver died (SIGKILL)" in line for line in status["story"])
+    runs = tracking.find_runs(status["tracking_uri"], parent=run_id)
+    assert {run.name: run.status for run in runs} == {f"drawn-t{number:02d}": "finished" for number in range(1, 6)}
+    assert {run.run_id for run in sweep.trials} < {run.run_id for run in runs}
+    assert [len(RunFolder(folder).metrics()) for folder in sorted(trials.iterdir())] == [1] * 5
 
 
 def test_sweeps_leave_no_pickle_in_the_storage_that_machines_share(
@@ -456,13 +478,12 @@ def test_a_stopped_search_has_a_checkpoint_of_every_trial_and_starts_no_other(da
     wait_until(lambda: len(list(dab.folder(run_id).root.glob("trials/*/metrics.jsonl"))) == 2)
     stopped = dab.ok("stop", run_id)
     assert stopped["status"] == "stopped"
-    assert "stopped before all trials ran" in stopped["message"]
+    assert stopped["message"] == "stopped before a trial came to its end; `dab resume` goes on with them"
     trials = tracking.find_runs(stopped["tracking_uri"], parent=run_id)
     assert [trial.status for trial in trials] == ["stopped", "stopped"]
     for trial in trials:
         status = dab.ok("status", trial.run_id)
         assert status["checkpoints"][-1]["step"] == status["step"] > 0
-    assert dab("resume", run_id).message.startswith("endless: is a sweep, which cannot be resumed.")
 
 
 def test_a_run_stopped_at_once_is_gone_when_the_command_returns(

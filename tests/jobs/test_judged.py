@@ -19,10 +19,10 @@ from jobs import failures, launch, sweep
 from jobs.failures import Judge
 from jobs.group import Group
 from jobs.launch import train_here
+from jobs.ledger import trial_folder
 from jobs.nodes import Seen
 from jobs.preflight import Findings
 from jobs.supervise import _lost
-from jobs.trials import trial_folder
 from orchestrator.capacity import Node
 from orchestrator.config import Config, load_config, to_dict
 from orchestrator.failure import PASSING, Action, Kind, Limits, decide
@@ -68,18 +68,16 @@ def test_a_trial_that_trains_in_its_own_process_is_watched_for_hangs(digits: Pat
 
 
 @pytest.mark.parametrize("error", [HangError("no step"), PassingError("a loader was killed")])
-def test_what_another_try_may_not_meet_is_left_to_tune(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(config: Config, folder: RunFolder) -> None:
+def test_what_another_try_may_not_meet_is_left_to_tune(error: Exception, tmp_path: Path) -> None:
+    def fail(config: Config, folder: RunFolder, observer: object) -> None:
         raise error
 
-    monkeypatch.setattr(sweep, "_train_trial", fail)
-    monkeypatch.setattr(sweep.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "a"))
     job = Job("sweep", "7f3a", "sweep", str(tmp_path), "", "dab", 1, to_dict(CONFIG))
+    folder = trial_folder(job, 0)
+    folder.leave_json("trial.json", {"number": 0, "values": {}})
     with pytest.raises(type(error)):
-        sweep._run_trial({}, job)
-    assert trial_folder(job, "a").result() == {}
+        sweep._run_trial({"number": 0}, job, fail)
+    assert folder.result() == {}
 
 
 @pytest.mark.parametrize(
