@@ -27,7 +27,6 @@ from orchestrator.resolve import check_room, manifest_of, model_table, resolve
 from orchestrator.search import check_trials
 from orchestrator.send import Parcel, hand_over, preview, send
 from orchestrator.sent_runs import being_sent, remember, sent_run
-from orchestrator.start_points import start_points
 from orchestrator.target import Target, ensure_target, resolve_target
 from orchestrator.tracking_server import ensure_tracking, tracking_status
 
@@ -111,6 +110,8 @@ def resolved(config: Config, *, may_start: bool = True) -> Config:
     name = config.search and config.search.start_from
     if not name or config.search is None or is_url(name) or Path(name).is_absolute():
         return config
+    from orchestrator.start_points import start_points  # it knows of sensitivities, which this module submits
+
     start = folder_of(tracking.find_run(tracker(), name))
     start_points(start, config.search)  # refuses what holds no run
     return with_overrides(config, {"search.start_from": start.location})
