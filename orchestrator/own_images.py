@@ -135,8 +135,8 @@ def datasets_folder(config: Config, target: Target, source: str) -> Path:
     if is_url(storage):
         raise InvalidInputError(
             f"--images: {target} keeps its runs at {shown(storage)} and sees no folder of this machine. Build the data "
-            f"set with `dab data build {shlex.quote(source)} FOLDER`, put the folder where the cluster sees it, such as "
-            "beside the runs, and submit what `dab init` writes with --set data.train=URL."
+            f"set with `dab data build {shlex.quote(source)} FOLDER`, put the folder where the cluster sees it, such "
+            "as beside the runs, and submit what `dab init` writes with --set data.train=URL."
         )
     return Path(storage.removeprefix("file://")).expanduser().absolute() / _FOLDER
 
