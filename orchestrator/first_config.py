@@ -20,7 +20,6 @@ _STEPS = 3000
 _LEAST_STEPS_PER_EPOCH = 50
 _EPOCHS = (30, 60)
 _BATCHES = (16, 32, 64, 128, 256)
-_RATES = {16: 2e-3, 32: 3e-3}
 _RATE = 4e-3
 _PLAIN_TEXT = re.compile(r"[A-Za-z_][\w./-]*")
 _WORDS = {"null", "true", "false", "yes", "no", "on", "off"}
@@ -159,7 +158,7 @@ def _training(found: Found, num_gpus: int) -> list[Choice]:
     steps = passes * -(-found.num_train // batch)
     return [
         Choice("optim.name", "adam", "its steps do not depend on the scale of a binary filter"),
-        Choice("optim.max_lr", _RATES.get(batch, _RATE), f"for batches of {batch}; the search tries 1e-4 to 1e-2"),
+        Choice("optim.max_lr", _RATE, "best of those tried with this schedule; the search tries 1e-4 to 1e-2"),
         Choice("optim.min_lr", 0.0),
         Choice("schedule.name", "one_cycle", "rises first, then falls to 0: most accurate in few epochs"),
         Choice("train.epochs", passes, f"about {steps:,} steps; binary networks improve late"),

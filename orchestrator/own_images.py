@@ -144,9 +144,9 @@ def datasets_folder(config: Config, target: Target, source: str) -> Path:
 def count_gpus(target: Target) -> int:
     """Return how many GPUs a cluster has; of one on this machine, how many torch sees."""
     if target.is_embedded:
-        import torch
+        from dabnn.machine import devices
 
-        return torch.cuda.device_count()
+        return len(devices().found)
     return int(reach(target).total.get("GPU", 0))
 
 

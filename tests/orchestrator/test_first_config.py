@@ -36,8 +36,17 @@ def configured(found: Found, num_gpus: int = 0, *changes: str) -> Config:
 
 @pytest.mark.parametrize(
     ("side", "num_train", "expected"),
-    [(8, 500, 16), (28, 50_000, 32), (32, 900, 32), (64, 900, 96), (105, 3_630, 96), (480, 1_000, 96)]
-    + [(480, 6_000, 128), (480, 100_000, 224), (150, 100_000, 128)],
+    [
+        (8, 500, 16),
+        (28, 50_000, 32),
+        (32, 900, 32),
+        (64, 900, 96),
+        (105, 3_630, 96),
+        (480, 1_000, 96),
+        (480, 6_000, 128),
+        (480, 100_000, 224),
+        (150, 100_000, 128),
+    ],
 )
 def test_the_input_grows_with_the_images_and_their_number(side: int, num_train: int, expected: int) -> None:
     assert input_size(side, num_train)[0] == expected
