@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.image_folder import Found
+from orchestrator.output import one_line
 
 # Training images from which inputs are larger, inputs of layers are binary too, and photographs are cut freely.
 _MEDIUM, _LARGE, _HUGE = 5_000, 20_000, 50_000
@@ -191,7 +192,8 @@ def to_text(found: Found, choices: tuple[Choice, ...], folder: str, file: str) -
         folder: The folder, as the user wrote it.
         file: The name that the file will have.
     """
-    head = [f"# {line}" for line in (*str(found).splitlines(), *found.notes)]
+    head = [f"# {one_line(line)}" for line in (*str(found).splitlines(), *found.notes)]
+    folder, file = one_line(folder), one_line(file)
     fraction = f" --val-fraction {found.val_fraction:g}" if found.val_fraction else ""
     shards = f"shards/{found.name}"
     head += [

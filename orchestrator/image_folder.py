@@ -14,6 +14,7 @@ from dabnn.data.images import EXTENSIONS, GRAY_MODES, decode_image
 from dabnn.data.sources import BUILTIN_PREFIX, SPLITS, Record, Source, open_source
 from dabnn.data.sources.folder import MissingSplitError
 from dabnn.errors import InvalidInputError
+from orchestrator.output import one_line
 
 VAL_FRACTION = 0.2
 _NUM_DECODED = 64
@@ -63,12 +64,12 @@ class Found:
         return min(self.width, self.height)
 
     def __str__(self) -> str:
-        counts = [f"{name} {count:,}" for name, count in zip(self.classes, self.class_counts, strict=True)]
+        counts = [f"{one_line(name)} {count:,}" for name, count in zip(self.classes, self.class_counts, strict=True)]
         named = ", ".join(counts[:_NUM_NAMED])
         more = f", and {len(counts) - _NUM_NAMED:,} more" if len(counts) > _NUM_NAMED else ""
         colour = "grey" if self.channels == 1 else "colour"
         return (
-            f"{self.source}: {len(counts):,} classes, {self.num_train:,} images to train on "
+            f"{one_line(self.source)}: {len(counts):,} classes, {self.num_train:,} images to train on "
             f"({min(self.class_counts):,} to {max(self.class_counts):,} a class) and {self.num_val:,} to validate"
             f"\nclasses: {named}{more}\nimages: {self.width} x {self.height} (median), {colour}"
         )

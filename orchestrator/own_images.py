@@ -101,6 +101,11 @@ def wanted_config(
             is built here.
     """
     if images is None:
+        if config is not None and config.is_dir():
+            raise InvalidInputError(
+                f"{config}: a folder, not a configuration; `dab submit --images {shlex.quote(str(config))}` trains on "
+                "the images in it."
+            )
         return load_config(config, overrides)
     for text in overrides:
         if text.partition("=")[0].strip() in ("data.train", "data.val"):

@@ -242,6 +242,21 @@ def test_init_writes_a_file_that_trains_and_keeps_one_that_is_there(
     assert cli.run(["init", str(photos), "-o", str(tmp_path)]) == 2
 
 
+def test_names_that_would_break_a_line_of_the_file_are_escaped(tmp_path: Path) -> None:
+    folder = tmp_path / "my\nseed: 2"
+    for name in ("a\nseed: 3", "b\udcff"):
+        write_images(folder / name, 4)
+    file = tmp_path / "dab.yaml"
+    assert cli.run(["init", str(folder), "-o", str(file)]) == 0
+    config, _ = submitted(folder, file=file)
+    assert (config.seed, config.name) == (1, "my-seed- 2")
+
+
+def test_a_folder_in_place_of_a_configuration_is_answered_with_the_option(photos: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"photos: a folder, not a configuration; `dab submit --images "):
+        wanted_config(photos, [], None, address=None, say=lambda _: None)
+
+
 def test_a_share_to_validate_on_needs_images(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["submit", "--val-fraction", "0.2"]) == 2
     assert "--val-fraction" in capsys.readouterr().err
