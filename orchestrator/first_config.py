@@ -159,7 +159,7 @@ def _training(found: Found, num_gpus: int) -> list[Choice]:
     steps = passes * -(-found.num_train // batch)
     return [
         Choice("optim.name", "adam", "its steps do not depend on the scale of a binary filter"),
-        Choice("optim.max_lr", _RATE, "best of those tried with this schedule; the search tries 1e-4 to 1e-2"),
+        Choice("optim.max_lr", _RATE, "better than 2e-3 where both were tried; the search tries 1e-4 to 1e-2"),
         Choice("optim.min_lr", 0.0),
         Choice("schedule.name", "one_cycle", "rises first, then falls to 0: most accurate in few epochs"),
         Choice("train.epochs", passes, f"about {steps:,} steps; binary networks improve late"),
