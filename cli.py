@@ -13,12 +13,13 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from orchestrator.cli import analysis, cluster, config, data, machine, models, packed, reports, runs
+from orchestrator.cli import analysis, cluster, config, data, init, machine, models, packed, reports, runs
 from orchestrator.cli.arguments import group
 from orchestrator.output import DabError, Output
 
 app = group("Train, search and ship distribution-aware binarized networks.")
 # `dab --help` lists them in this order. Those without a name are commands of `dab` itself.
+app.add_typer(init.app)
 app.add_typer(runs.app)
 app.add_typer(packed.app)
 app.add_typer(analysis.app)

@@ -21,6 +21,7 @@ from orchestrator.found_runs import check_no_file
 from orchestrator.job import Job
 from orchestrator.jobs_api import follow_job
 from orchestrator.output import Table, View, duration_text, one_line
+from orchestrator.own_images import Images, wanted_config
 from orchestrator.reach import reach
 from orchestrator.resolve import train_spec
 from orchestrator.runs import RunStatus
@@ -68,9 +69,17 @@ def tracking_uri(uri: str | None, say: Say, reference: str = "", address: str | 
     return uri or tracker_of(reference) or ensure_tracking(on_wait=patiently(say))
 
 
-def dry_run(config: Path | None, overrides: list[str], *, sweep: bool, address: str | None = None) -> View:
+def dry_run(
+    config: Path | None,
+    overrides: list[str],
+    *,
+    sweep: bool,
+    say: Say,
+    address: str | None = None,
+    images: Images | None = None,
+) -> View:
     """Return what a submission would do; nothing is started or created, but a cluster that runs is asked."""
-    wanted = load_config(config, overrides)
+    wanted = wanted_config(config, overrides, images, address=address, say=say, may_build=False)
     target = resolve_target(address or wanted.cluster.address)
     reached = reach(target) if target.jobs_url else None
     ready = plan(placed(wanted, target), sweep=sweep, may_start=False)
@@ -103,13 +112,20 @@ def show_spec(config: Path, overrides: list[str]) -> View:
 
 
 def submit_run(
-    config: Path | None, overrides: list[str], *, sweep: bool, detach: bool, say: Say, address: str | None = None
+    config: Path | None,
+    overrides: list[str],
+    *,
+    sweep: bool,
+    detach: bool,
+    say: Say,
+    address: str | None = None,
+    images: Images | None = None,
 ) -> View:
-    """Submit a run or a sweep and follow it to its end unless `detach`.
+    """Submit a run or a sweep, with a data set made of `images` if given, and follow it to its end unless `detach`.
 
     Interrupted while it follows, it says that the job goes on.
     """
-    wanted = load_config(config, overrides)
+    wanted = wanted_config(config, overrides, images, address=address, say=say)
     say("checking data, model and configuration")
     job, target = submit(wanted, sweep=sweep, address=address, on_note=say, on_wait=patiently(say))
     say(f"submitted {job.name} as run {job.run_id[:_SHORT_ID]}, recorded on {job.tracking_uri}")

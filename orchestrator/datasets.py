@@ -1,11 +1,12 @@
 """`dab data`: builds, checks and shows datasets, and says what it found as JSON and as text."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dabnn.data import Manifest, Problem, build_dataset, check_dataset, load_manifest
+from dabnn.data.build_plan import Listing, plan_build
 from dabnn.data.encode import make_encoding
 from dabnn.data.processes import RunTasks
 from dabnn.data.show import class_counts, contact_sheet
@@ -47,6 +48,21 @@ class BuildOptions:
     resize: int | None = None
     encode: str | None = None
     quality: int | None = None
+
+    def digest(self) -> str:
+        """Return what tells the data set from others: its images' names, sizes and times, and the other options.
+
+        Raises:
+            InvalidInputError: As `dabnn.data.build_dataset`.
+        """
+        lists = None if self.split_lists is None else Path(self.split_lists)
+        listing = Listing(self.source, self.layout, self.val_fraction, self.seed, lists)
+        encoding = make_encoding(self.resize, self.encode, self.quality)
+        return plan_build(listing, self.shard_mb * _BYTES_PER_MB, encoding).digest()
+
+    def to(self, dest: Path) -> "BuildOptions":
+        """Return the same build in another folder."""
+        return replace(self, dest=str(dest))
 
     def build(
         self,

@@ -21,6 +21,10 @@ Address = Annotated[
         metavar="URL|NAME", help="Cluster: URL of its Jobs API, or a name of clusters.toml; default this machine's own."
     ),
 ]
+ValFraction = Annotated[
+    float | None,
+    typer.Option(help="Share of each class drawn to validate on; default 0.2 where the folder has no val."),
+]
 Detach = Annotated[bool, typer.Option("--detach", help="Return at once instead of following the log.")]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.arguments import Address, Detach, Json, Run, Set, TrackingUri, group
+from orchestrator.cli.arguments import Address, Detach, Json, Run, Set, TrackingUri, ValFraction, group
 from orchestrator.output import Output
 
 app = typer.Typer()
@@ -13,10 +13,18 @@ listing = group("The runs, and what they leave behind.")
 app.add_typer(listing, name="runs", no_args_is_help=False)
 
 
-@app.command("submit", epilog="Example: dab submit examples/digits.yaml --set data.train=digits --set train.epochs=10")
+@app.command("submit", epilog="Example: dab submit --sweep --images photos   or: dab submit photos.yaml --set seed=2")
 def submit(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML configuration.")] = None,
     overrides: Set = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Train on this folder of images; without CONFIG, as `dab init DIR` would configure it.",
+        ),
+    ] = None,
+    val_fraction: ValFraction = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Search over the section `search` instead.")] = False,
     address: Address = None,
     detach: Detach = False,
@@ -25,12 +33,19 @@ def submit(
 ) -> None:
     """Train on a cluster: this machine's, started if it does not run, or another. Follows the run to its end."""
     from orchestrator import commands
+    from orchestrator.own_images import Images
 
+    if images is None and val_fraction is not None:
+        raise typer.BadParameter("has no effect without --images.", param_hint="--val-fraction")
     out = Output(is_json=as_json)
+    own = None if images is None else Images(images, val_fraction, out.progress)
+    changes = overrides or []
     if dry_run:
-        out.result(*commands.dry_run(config, overrides or [], sweep=sweep, address=address))
+        out.result(*commands.dry_run(config, changes, sweep=sweep, say=out.note, address=address, images=own))
         return
-    data, text = commands.submit_run(config, overrides or [], sweep=sweep, detach=detach, say=out.note, address=address)
+    data, text = commands.submit_run(
+        config, changes, sweep=sweep, detach=detach, say=out.note, address=address, images=own
+    )
     out.result(data, text)
     out.hint(
         "dab",

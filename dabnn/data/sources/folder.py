@@ -20,6 +20,10 @@ from dabnn.errors import InvalidInputError
 _LISTS = "split_lists is a folder with train.txt and val.txt, which name one image a line, relative to the source"
 
 
+class MissingSplitError(InvalidInputError):
+    """A folder of images has no `train` or no `val`, and nothing says how to make them."""
+
+
 def image_folder(
     folder: Path, *, val_fraction: float | None = None, seed: int = 0, split_lists: Path | None = None
 ) -> Source:
@@ -105,10 +109,10 @@ def source_of_tree(
     )
 
 
-def _no_splits(root: Path, own: Sequence[str]) -> InvalidInputError:
+def _no_splits(root: Path, own: Sequence[str]) -> MissingSplitError:
     missing = " and no folder ".join(split for split in SPLITS if split not in own)
     draw = "" if "val" in own else "; or set val_fraction (for example 0.2) to have val drawn from each class"
-    return InvalidInputError(
+    return MissingSplitError(
         f"{root}: no folder {missing} in it; the layout is {root}/{{train,val}}/CLASS/IMAGE, with one folder a "
         f"class{draw}"
     )
