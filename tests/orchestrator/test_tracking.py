@@ -289,7 +289,7 @@ def test_calls_that_are_owed_are_waited_for_as_long_as_they_are_made(uri: str) -
         time.sleep(0.4)
         made.append(1)
 
-    follower = MetricFollower(uri, poll_s=0.05)
+    follower = tracking.MetricFollower(uri, poll_s=0.05)
     for _ in range(5):
         follower.owe(make)
     follower.settle(stall_s=1.0)
