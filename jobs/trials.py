@@ -83,7 +83,8 @@ class TrialRecorder:
     def __init__(self, job: Job, search: Search, ledger: Ledger) -> None:
         self._job, self._search, self._ledger = job, search, ledger
         self._base = trial_config(job.parsed_config())
-        self._children: dict[int, Job] = {}
+        self._children: dict[int, Job] = {}  # until MLflow knows their end
+        self._begun: set[int] = set()
         self._ended: set[int] = set()
         self._follower = MetricFollower(job.tracking_uri)
 
@@ -104,14 +105,14 @@ class TrialRecorder:
 
     def started(self, number: int, values: dict[str, Any]) -> None:
         """Have the child run of a trial created; nothing happens when it was."""
-        if number in self._children:
+        if number in self._begun:
             return
         say(f"trial {number + 1}/{self._search.num_trials} started: {describe_point(values)}")
         self._begin(number, values)
 
     def ended(self, number: int, left: dict[str, Any]) -> None:
         """Mark the child run of a trial with how it ended."""
-        if number not in self._children or number in self._ended:
+        if number not in self._begun or number in self._ended:
             return
         self._end(number, left)
         epochs = trial_folder(self._job, number).metrics()
@@ -119,12 +120,13 @@ class TrialRecorder:
         say(f"trial {trial_name(self._job, number)}: {left.get('message') or left['status']}{shown}")
 
     def close(self) -> None:
-        """Mark the trials that go on no more as stopped, and send MLflow what it can take within 20 s."""
-        for number in self._children.keys() - self._ended:
+        """Mark the trials that go on no more as stopped, and tell MLflow all, as long as it takes something."""
+        for number in self._begun - self._ended:
             left = trial_folder(self._job, number).result()
             self._end(number, left or {"status": "stopped", "message": "stopped with the sweep"})
+        self._follower.settle(stall_s=FLUSH_TIMEOUT_S)
         self._follower.close(timeout_s=FLUSH_TIMEOUT_S)
-        missing = [child.name for number, child in sorted(self._children.items()) if not self._ledger.run_of(number)]
+        missing = [trial_name(self._job, number) for number in sorted(self._begun) if not self._ledger.run_of(number)]
         if missing:
             say(f"not in MLflow, which was away or refused: {', '.join(missing)} (their folders keep the record)")
 
@@ -142,6 +144,7 @@ class TrialRecorder:
             attempt=1,
             config=to_dict(self._base if config is None else config),
         )
+        self._begun.add(number)
         self._children[number] = child
         params = flatten(self._base) | values if config is None else flatten(config)
         self._follower.owe(
@@ -185,6 +188,7 @@ class TrialRecorder:
             tracking.log_metrics(self._job.tracking_uri, run_id, latency, step=0)
         tell_end(replace(self._children[number], run_id=run_id), left)
         self._follower.rest(run_id)
+        del self._children[number]
 
     def _score(self, metrics: dict[str, float]) -> str:
         static = {name: metrics[name] for name in ("val_top1",) if name in metrics}

@@ -10,7 +10,9 @@ from orchestrator.config_errors import show
 from orchestrator.config_source import parse_override
 from orchestrator.job import Job
 
-FREE = ("search.num_trials", "search.max_concurrent", "search.max_minutes", "search.max_gpu_hours")
+FREE = (
+    "search.num_trials", "search.constraints", "search.max_concurrent", "search.max_minutes", "search.max_gpu_hours",
+)  # fmt: skip
 
 
 def extended(job: Job, changes: Sequence[str]) -> Job:

@@ -51,6 +51,7 @@ class _Tail:
         seam: Digest of the last bytes before `offset`.
         is_refused: The server wants nothing for this run: it was deleted there.
         folder: The run's, brought up to date before its file is read; None where the file is read as it lies.
+        is_whole: The run has ended: when what is there is sent, nothing more is.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class _Tail:
     seam: str = ""
     is_refused: bool = False
     folder: RunFolder | None = None
+    is_whole: bool = False
 
     @property
     def state_path(self) -> Path:
@@ -125,7 +127,7 @@ class MetricFollower:
         """Send what is there of a run that has ended, and ask its store for no more."""
         for tail in self._tails:
             if tail.run_id == run_id:
-                tail.folder = None
+                tail.folder, tail.is_whole = None, True
 
     def owe(self, call: Callable[[], None]) -> None:
         """Make a call to the server as soon as it answers, in the order in which calls are owed, before any metrics.
@@ -134,6 +136,14 @@ class MetricFollower:
             call: Raises DabError where the server is away; it is then repeated. What the server refuses is dropped.
         """
         self._owed.append(call)
+
+    def settle(self, stall_s: float) -> None:
+        """Wait until every call that is owed was made, or none was for `stall_s`."""
+        left, since = len(self._owed), time.monotonic()
+        while self._owed and time.monotonic() - since < stall_s:
+            time.sleep(min(0.1, self._poll_s))
+            if len(self._owed) < left:
+                left, since = len(self._owed), time.monotonic()
 
     def close(self, timeout_s: float) -> int:
         """Send what can be sent within `timeout_s`, stop, and return the number of lines that could not be sent.
@@ -179,6 +189,8 @@ class MetricFollower:
             try:
                 while not tail.is_refused and (lines := tail.lines(_MAX_LINES_PER_CALL)):
                     self._send(tail, lines)
+                if tail.is_whole:
+                    self._tails.remove(tail)
             except ConnectionError as error:
                 self._warn_away(error)
                 return False

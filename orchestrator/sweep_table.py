@@ -98,10 +98,9 @@ def watch(job: Job, chunks: Iterable[str]) -> None:
         thread = threading.Thread(target=_poll, args=(job, search, live.update, over), name="table", daemon=True)
         thread.start()
         try:
-            for chunk in chunks:
-                for line in chunk.splitlines():
-                    if not line.startswith(_LINES_OF_TRIALS):
-                        live.console.print(line, markup=False, highlight=False)
+            for line in (line for chunk in chunks for line in chunk.splitlines()):
+                if not line.startswith(_LINES_OF_TRIALS):
+                    live.console.print(line, markup=False, highlight=False)
         finally:
             over.set()
             thread.join()

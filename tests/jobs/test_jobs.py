@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from program import ROOT, Dab, Done, finish, has_checkpoint, kill, processes_of, wait_until
+from test_failures import find_nothing
 
 from dabnn.run_folder import RunFolder
 from orchestrator import tracking
@@ -460,6 +461,13 @@ def test_a_search_is_extended_and_goes_on_after_its_driver_was_killed_without_re
     assert {run.name: run.status for run in runs} == {f"drawn-t{number:02d}": "finished" for number in range(1, 6)}
     assert {run.run_id for run in sweep.trials} < {run.run_id for run in runs}
     assert [len(RunFolder(folder).metrics()) for folder in sorted(trials.iterdir())] == [1] * 5
+
+
+def test_searches_that_are_over_hold_no_place_and_no_process(
+    dab: Dab, side_by_side: tuple[Sweep, Sweep, dict[str, Any]]
+) -> None:
+    for sweep in side_by_side[:2]:
+        find_nothing(dab, sweep.status["run_id"])
 
 
 def test_sweeps_leave_no_pickle_in_the_storage_that_machines_share(

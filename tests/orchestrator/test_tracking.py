@@ -282,6 +282,29 @@ def test_a_call_that_breaks_stops_neither_the_follower_nor_what_comes_after(
     assert history(uri, run_id, "loss") == [(0, 1.0)]
 
 
+def test_calls_that_are_owed_are_waited_for_as_long_as_they_are_made(uri: str) -> None:
+    made: list[int] = []
+
+    def make() -> None:
+        time.sleep(0.4)
+        made.append(1)
+
+    follower = tracking.MetricFollower(uri, poll_s=0.05)
+    for _ in range(5):
+        follower.owe(make)
+    follower.settle(stall_s=1.0)
+    assert len(made) == 5
+
+    def refuse() -> None:
+        raise DabError("away")
+
+    follower.owe(refuse)
+    began = time.monotonic()
+    follower.settle(stall_s=0.5)
+    assert 0.5 <= time.monotonic() - began < 5
+    follower.close(timeout_s=0.1)
+
+
 def test_the_thread_of_a_follower_has_nothing_to_import() -> None:
     program = (
         "import sys, threading; threading.Thread.start = lambda self: None\n"
