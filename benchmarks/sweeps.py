@@ -231,10 +231,10 @@ def submitted(config: Config, uri: str) -> Job:
 def wait(job: Job) -> None:
     """Waits until a sweep has ended, whatever became of it."""
     deadline = time.monotonic() + LIMIT_S
-    while not RunFolder.of(job.folder).result():
+    while runs.status(job.tracking_uri, job.run_id).status not in runs.ENDED:
         if time.monotonic() > deadline:
             raise SystemExit(f"{job.name} did not end")
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def wait_for_driver(job: Job) -> psutil.Process:
