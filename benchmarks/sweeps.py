@@ -8,7 +8,7 @@
   study: seconds a trial, and the memory of the driver.
 - `early`: 40 trials on the digits by TPE with ASHA, beside 40 random ones that all finish: after which share of the
   random trials' steps the first reached the best result of the second. Median of the seeds; above a half fails.
-- `kills`: the driver of a sweep of 10 trials is ended by SIGKILL at random moments, and the sweep resumed each time.
+- `kills`: the driver of a sweep of 30 trials is ended by SIGKILL at random moments, and the sweep resumed each time.
   Its trials must be those of an undisturbed sweep, with equal weights, each recorded once.
 """
 
@@ -197,17 +197,22 @@ def curve(folder: Path) -> list[tuple[float, float]]:
 
 def kills(folder: Path, uri: str, num_kills: int) -> None:
     """Kills the driver of a sweep again and again, and compares its trials with those of an undisturbed one."""
-    search: dict[str, Any] = {"num_trials": 10, "max_concurrent": 1}
+    search: dict[str, Any] = {"num_trials": 30, "max_concurrent": 1}
     whole = submitted(config_of(folder, "whole", 7, 4, **search), uri)
     wait(whole)
     killed = submitted(config_of(folder, "killed", 7, 4, **search), uri)
     chance, rows = random.Random(1), list[dict[str, Any]]()
     while len(rows) < num_kills and RunFolder.of(killed.folder).result().get("status") != "finished":
         driver = wait_for_driver(killed)
-        time.sleep(chance.uniform(1.0, 9.0))
-        done = sum(1 for _ in Path(killed.folder).glob("trials/*/result.json"))
+        after_s = chance.uniform(3.0, 24.0)
+        time.sleep(after_s)
         driver.kill()
-        rows.append({"kill": len(rows) + 1, "trials that had ended": done})
+        places = list(Path(killed.folder).glob("trials/*"))
+        rows.append({
+            "kill": len(rows) + 1, "s after its start": after_s,
+            "trials that had ended": sum((place / "result.json").exists() for place in places),
+            "epochs": sum(len(RunFolder(place).metrics()) for place in places),
+        })  # fmt: skip
         wait(killed)
         killed = runs.resume(uri, killed.run_id)[0]
     wait(killed)
