@@ -113,9 +113,7 @@ def export_run(uri: str, reference: str, file: Path, *, half: bool = False, form
     return result
 
 
-def export_best(
-    folder: RunFolder, file: Path, *, run_id: str, tags: Mapping[str, str], half: bool = False
-) -> Exported:
+def export_best(folder: RunFolder, file: Path, *, run_id: str, tags: Mapping[str, str], half: bool = False) -> Exported:
     """Write the packed model of a run's best checkpoint, compared with the trained network; the tracker is not asked.
 
     Args:
