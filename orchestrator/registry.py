@@ -297,7 +297,13 @@ def _version(
     return _once(
         find,
         lambda: client.create_model_version(
-            model, source, run.info.run_id, tags=tags, model_id=logged.model_id, description=_description(tags)
+            model,
+            source,
+            run.info.run_id,
+            tags=tags,
+            description=_description(tags),
+            await_creation_for=0,
+            model_id=logged.model_id,
         ),
     ), True
 

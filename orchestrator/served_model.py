@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
@@ -30,6 +32,8 @@ class PackedClassifier(PythonModel):
         """Read the packed file of the model."""
         file = Path(context.artifacts[ARTIFACT])
         self._classifier = Classifier.of(load_packed(file), file)
+        side, channels = self._classifier.transform.input_size, self._classifier.transform.in_channels
+        self._classifier.probabilities([torch.zeros(channels, side, side, dtype=torch.uint8)])  # kernels are compiled
         # The server answers requests in threads; two networks at once would only share the cores.
         self._one_at_a_time = threading.Lock()
 
@@ -37,7 +41,7 @@ class PackedClassifier(PythonModel):
         """Return a row with `class` and `probability` for each row of `model_input`.
 
         Raises:
-            InvalidInputError: An image cannot be read; the message gives the number of its row, from 0.
+            MlflowException: An image cannot be read; the client of a server gets the message, with the row from 0.
         """
         images = list(model_input[COLUMN])
         with self._one_at_a_time:
@@ -52,8 +56,13 @@ class PackedClassifier(PythonModel):
 
     def _pixels(self, image: object, row: int) -> Any:
         if not isinstance(image, bytes):
-            raise InvalidInputError(f"row {row}: {type(image).__name__}, not the bytes of an image file.")
-        return self._classifier.pixels(image, f"row {row}")
+            raise MlflowException.invalid_parameter_value(
+                f"row {row}: {type(image).__name__}, no bytes of an image file."
+            )
+        try:
+            return self._classifier.pixels(image, f"row {row}")
+        except InvalidInputError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
 set_model(PackedClassifier())
