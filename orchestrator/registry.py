@@ -131,7 +131,7 @@ def register(
         folder: Its folder.
         model: Name of the registered model, made if there is none.
         aliases: Names that this version gets, and another loses.
-        tags: Further tags of the version.
+        tags: Further tags of the version; its own win.
         say: Told what is done.
 
     Returns:
@@ -149,7 +149,7 @@ def register(
         file = Path(temporary) / _FILE
         say(f"packing {run.info.run_name} and comparing it with the trained network on the validation images")
         exported = export_best(folder, file, run_id=run_id, tags=run.data.tags)
-        all_tags = _tags(run, exported, hashlib.sha256(file.read_bytes()).hexdigest()) | dict(tags or {})
+        all_tags = {**(tags or {}), **_tags(run, exported, hashlib.sha256(file.read_bytes()).hexdigest())}
         with connected(uri) as client:
             version, is_new = _version(client, run, model, all_tags, file, exported.packed.spec.input_size)
             if not is_new:
@@ -191,7 +191,7 @@ def register_front(
     reasons: list[str] = []
     for position, entry in enumerate(entries):
         tags = {"sweep": sweep} | ({FRONT: sweep} if len(objectives) > 1 else {})
-        tags |= {key: f"{entry.metrics[key]:.6g}" for goal in objectives if (key := goal.metric) in entry.metrics}
+        tags |= {key: f"{entry.metrics[key]:.10g}" for goal in objectives if (key := goal.metric) in entry.metrics}
         try:
             if not entry.run_id:
                 raise InvalidInputError("it has no run in MLflow, which was away.")

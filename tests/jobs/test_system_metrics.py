@@ -72,8 +72,10 @@ def test_a_sample_has_the_names_that_mlflow_shows() -> None:
 
 
 def test_a_gpu_that_does_not_tell_all_tells_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = system_metrics.pynvml
+
     class Driver:
-        NVMLError = system_metrics.pynvml.NVMLError
+        NVMLError = real.NVMLError
 
         @staticmethod
         def nvmlDeviceGetMemoryInfo(device: object) -> object:  # noqa: N802
@@ -81,7 +83,7 @@ def test_a_gpu_that_does_not_tell_all_tells_the_rest(monkeypatch: pytest.MonkeyP
 
         @staticmethod
         def nvmlDeviceGetUtilizationRates(device: object) -> object:  # noqa: N802
-            raise system_metrics.pynvml.NVMLError(system_metrics.pynvml.NVML_ERROR_NOT_SUPPORTED)
+            raise real.NVMLError(real.NVML_ERROR_NOT_SUPPORTED)
 
     monkeypatch.setattr(system_metrics, "pynvml", Driver)
     monkeypatch.setattr(system_metrics, "_devices", lambda: [object()])

@@ -308,10 +308,15 @@ def test_the_best_trial_of_a_sweep_moves_the_alias(uri: str, runs: list[Job]) ->
 
 
 def test_a_front_is_tagged_and_who_is_beaten_leaves_it(uri: str, runs: list[Job]) -> None:
-    accurate, small = entry(runs[0], val_top1=50, packed_bytes=9), entry(runs[1], val_top1=40, packed_bytes=5)
-    goals = [ACCURATE, SMALL]
+    accurate, small = (
+        entry(job, val_top1=top1, packed_bytes=size, latency_ms=0.25)
+        for job, top1, size in zip(runs, (50, 40), (9, 5), strict=True)
+    )
+    goals = [ACCURATE, SMALL, Objective(metric="latency_ms")]
     made = register_front(uri, "6" * 32, [accurate, small], goals, model="front", say=quiet)
-    assert [version.aliases for version in made] == [("most-accurate",), ("smallest",)]
+    assert [version.aliases for version in made] == [("most-accurate", "fastest"), ("smallest",)]
+    assert [version.tags["latency_ms"] for version in made] == ["0.25"] * 2
+    assert all(int(version.tags["packed_bytes"]) > 9 for version in made)  # what the file has, not what was told
     assert [each.tags.get("front") for each in versions(uri, "front")] == ["6" * 32] * 2
     register_front(uri, "6" * 32, [small], goals, model="front", say=quiet)
     assert {each.run_id: each.tags.get("front") for each in versions(uri, "front")} == {
