@@ -63,6 +63,11 @@ class Classifier:
         except (OSError, ValueError) as error:
             raise InvalidInputError(f"{name}: no readable image ({error}).") from error
 
+    def warm_up(self) -> None:
+        """Look at a black image: kernels are compiled and layouts derived, so that the first real one need not wait."""
+        side, channels = self.transform.input_size, self.transform.in_channels
+        self.probabilities([torch.zeros(channels, side, side, dtype=torch.uint8)])
+
     def probabilities(self, pixels: Sequence[Tensor]) -> Tensor:
         """Return float32 (N, classes) for N images that `pixels` returned."""
         return self.model(self.transform.batch(torch.stack(list(pixels)))).softmax(dim=1)

@@ -1,26 +1,19 @@
 """The load of rank 0's machine while it trains, sampled into `system.jsonl`; the metrics' follower sends it to MLflow.
 
-Names and units are those of MLflow's own sampler, whose page "System metrics" shows them. That one is not used: it asks
-the server in the process that trains, and ends for good when there is no answer. Nothing here ends a run or is waited
-for; a sample takes half a millisecond (2 cores of an AMD EPYC, without a GPU).
+MLflow's own sampler is not used: it asks the server in the process that trains, and ends for good when there is no
+answer. Nothing here ends a run or is waited for. What is in a sample: `orchestrator.machine_load`.
 """
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import psutil
-from ray._private.thirdparty import pynvml
 
 from dabnn.run_folder import RunFolder
 from dabnn.run_mirror import work_folder
+from orchestrator.machine_load import sampler
 
-_PREFIX = "system/"
-_MEGABYTE = 1e6
 _MAX_PER_DOUBLING = 360  # so that a week is 2,500 lines: behind a URL the whole file is sent each time
 
 _log = logging.getLogger(__name__)
@@ -55,51 +48,5 @@ def _keep(place: RunFolder, interval_s: float, over: threading.Event) -> None:
             if attempts:  # before, there is no folder to write to
                 age_s = time.time() - attempts[0]["time"]
                 place.append_system(round(age_s), sample())
-    except (OSError, ValueError, KeyError, psutil.Error) as error:
+    except (OSError, ValueError, KeyError) as error:
         _log.warning("%s: the load of the machine is recorded no more (%s)", place.location, error)
-
-
-def sampler() -> Callable[[], dict[str, float]]:
-    """Return what takes a sample: CPU and GPU since the sample before, network since this call."""
-    psutil.cpu_percent()
-    devices, before = _devices(), psutil.net_io_counters()
-
-    def sample() -> dict[str, float]:
-        memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(os.sep), psutil.net_io_counters()
-        found = {
-            "cpu_utilization_percentage": psutil.cpu_percent(),
-            "system_memory_usage_megabytes": memory.used / _MEGABYTE,
-            "system_memory_usage_percentage": 100 * memory.used / memory.total,
-            "disk_usage_percentage": disk.percent,
-            "disk_available_megabytes": disk.free / _MEGABYTE,
-            "network_receive_megabytes": (network.bytes_recv - before.bytes_recv) / _MEGABYTE,
-            "network_transmit_megabytes": (network.bytes_sent - before.bytes_sent) / _MEGABYTE,
-        }
-        for index, device in enumerate(devices):
-            found |= {f"gpu_{index}_{name}": value for name, value in _of_device(device).items()}
-        return {_PREFIX + name: round(value, 1) for name, value in found.items()}
-
-    return sample
-
-
-def _devices() -> list[Any]:
-    """Return the GPUs of this machine, none where there is no driver."""
-    try:
-        pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return []
-
-
-def _of_device(device: Any) -> dict[str, float]:
-    """Return the load of a GPU; a slice of one does not tell all of it."""
-    found: dict[str, float] = {}
-    try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(device)
-        found["memory_usage_megabytes"] = memory.used / _MEGABYTE
-        found["memory_usage_percentage"] = 100 * memory.used / memory.total
-        found["utilization_percentage"] = pynvml.nvmlDeviceGetUtilizationRates(device).gpu
-        found["power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(device) / 1000
-    except pynvml.NVMLError:
-        pass
-    return found

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
@@ -32,8 +31,7 @@ class PackedClassifier(PythonModel):
         """Read the packed file of the model."""
         file = Path(context.artifacts[ARTIFACT])
         self._classifier = Classifier.of(load_packed(file), file)
-        side, channels = self._classifier.transform.input_size, self._classifier.transform.in_channels
-        self._classifier.probabilities([torch.zeros(channels, side, side, dtype=torch.uint8)])  # kernels are compiled
+        self._classifier.warm_up()
         # The server answers requests in threads; two networks at once would only share the cores.
         self._one_at_a_time = threading.Lock()
 

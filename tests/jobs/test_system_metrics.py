@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from dabnn.run_folder import RunFolder
-from jobs import system_metrics
-from jobs.system_metrics import pause_s, sampler, sampling
+from jobs.system_metrics import pause_s, sampling
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -62,34 +61,6 @@ def test_what_goes_wrong_with_a_sample_is_said_once_and_ends_nothing(
         f"{folder.root}: the load of the machine is recorded no more"
     ]
     assert not folder.root.exists()
-
-
-def test_a_sample_has_the_names_that_mlflow_shows() -> None:
-    found = sampler()()
-    assert all(name.startswith("system/") for name in found)
-    assert 0 < found["system/system_memory_usage_percentage"] <= 100
-    assert found["system/network_receive_megabytes"] >= 0
-
-
-def test_a_gpu_that_does_not_tell_all_tells_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = system_metrics.pynvml
-
-    class Driver:
-        NVMLError = real.NVMLError
-
-        @staticmethod
-        def nvmlDeviceGetMemoryInfo(device: object) -> object:  # noqa: N802
-            return type("Memory", (), {"used": 5_000_000, "total": 10_000_000})
-
-        @staticmethod
-        def nvmlDeviceGetUtilizationRates(device: object) -> object:  # noqa: N802
-            raise real.NVMLError(real.NVML_ERROR_NOT_SUPPORTED)
-
-    monkeypatch.setattr(system_metrics, "pynvml", Driver)
-    monkeypatch.setattr(system_metrics, "_devices", lambda: [object()])
-    found = sampler()()
-    assert found["system/gpu_0_memory_usage_percentage"] == 50
-    assert "system/gpu_0_utilization_percentage" not in found
 
 
 @pytest.mark.parametrize(("age_s", "expected"), [(0, 10), (3600, 10), (7200, 20), (7 * 86400, 1680)])
