@@ -8,18 +8,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dabnn.classifier import Classifier
 from dabnn.convert import Comparison, Form, convert, load_model
 from dabnn.data import Batch, load_manifest, open_stream
-from dabnn.data.images import decode_image
 from dabnn.data.transforms import make_transform, normalization_for
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.evaluate import count
-from dabnn.exported import ExportedModel
 from dabnn.models import ModelSpec
 from dabnn.packed import Normalization, PackedModel, Provenance, load_packed, pack
 from dabnn.transfer import load_trained as load_trained
@@ -217,45 +215,32 @@ def predict(
     Raises:
         InvalidInputError: The model or an image cannot be read; the message names the file.
     """
-    packed = load_model(file)
-    if packed.normalization is None:
-        raise InvalidInputError(f"{file}: holds no normalisation, so images cannot be prepared. Export the run again.")
-    made = make_transform(
-        packed.normalization.transform,
-        input_size=packed.spec.input_size,
-        in_channels=packed.spec.in_channels,
-        mean=packed.normalization.mean,
-        std=packed.normalization.std,
-        training=False,
-    )
-    names = packed.classes or tuple(str(index) for index in range(packed.spec.num_classes))
+    classifier = Classifier.of(load_model(file), file)
     found = []
     for image in images:
         try:
-            pixels = _pixels(made, image)
+            pixels = _pixels(classifier, image)
         except InvalidInputError as error:
             if on_bad is None:
                 raise
             on_bad(image, error)
         else:
-            found.append(_predict_one(packed, made, names, image, pixels))
+            found.append(_predict_one(classifier, image, pixels))
     return found
 
 
-def _pixels(made: Any, image: Path) -> Any:
+def _pixels(classifier: Classifier, image: Path) -> Tensor:
     try:
-        return made.sample(decode_image(image.read_bytes()))
-    except (OSError, ValueError) as error:
+        data = image.read_bytes()
+    except OSError as error:
         raise InvalidInputError(f"{image}: no readable image ({error}).") from error
+    return classifier.pixels(data, image)
 
 
-def _predict_one(
-    packed: PackedModel | ExportedModel, made: Any, names: Sequence[str], image: Path, pixels: Any
-) -> Prediction:
-    probabilities = packed(made.batch(pixels[None])).softmax(dim=1)[0]
-    best = probabilities.topk(min(NUM_PREDICTIONS, len(names)))
+def _predict_one(classifier: Classifier, image: Path, pixels: Tensor) -> Prediction:
+    best = classifier.probabilities([pixels])[0].topk(min(NUM_PREDICTIONS, len(classifier.classes)))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return Prediction(str(image), tuple((names[index], value) for index, value in pairs))
+    return Prediction(str(image), tuple((classifier.classes[index], value) for index, value in pairs))
 
 
 def prepare(

@@ -2,6 +2,7 @@
 
     checkpoints/    see `dabnn.checkpoints`
     metrics.jsonl   one line a finished epoch; replayed epochs stand twice with equal values, the first one counts
+    system.jsonl    the load of rank 0's machine, a line a sample; nothing reads it but trackers
     progress.json   newest step, loss and rate, replaced about once a second
     attempts.jsonl  one line a start of the loop
     control.json    written by whoever wants the run to stop; the loop takes a checkpoint and ends
@@ -150,6 +151,11 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def system_file(self) -> Path:
+        """Load of the machine of rank 0."""
+        return self.root / "system.jsonl"
+
+    @property
     def inspect(self) -> Path:
         """Folder of the steps that were not finite."""
         return self.root / "inspect"
@@ -163,6 +169,16 @@ class RunFolder:
         """Append one line to `metrics.jsonl`; `step` is the number of finished epochs."""
         line = {"step": step, "metrics": metrics, "wall_time": time.time()}
         _append_line(self.metrics_file, line, durable=True)  # the checkpoint after it says that it is there
+
+    def append_system(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one line to `system.jsonl`; `step` is the age of the run in seconds.
+
+        Raises:
+            OSError: It cannot be written, or the folder is not there.
+        """
+        line = {"step": step, "metrics": metrics, "wall_time": time.time()}
+        with self.system_file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics of every finished epoch in order, replayed epochs once."""

@@ -63,7 +63,7 @@ def mirroring(folder: RunFolder, *, is_main: bool, retry_s: float) -> Iterator[t
     if folder.copy is None or not is_main:
         yield folder, None
         return
-    mirror = RunMirror(folder.location, machine_folder(folder.location) / "work", retry_s=retry_s)
+    mirror = RunMirror(folder.location, work_folder(folder).root, retry_s=retry_s)
     try:
         yield mirror.folder, mirror
     except BaseException:
@@ -71,6 +71,11 @@ def mirroring(folder: RunFolder, *, is_main: bool, retry_s: float) -> Iterator[t
             mirror.close(limit_s=_HASTY_S)
         raise
     mirror.close()
+
+
+def work_folder(folder: RunFolder) -> RunFolder:
+    """Return the folder that rank 0 of a run works in on its machine, the run's own where that lies in no store."""
+    return folder if folder.copy is None else RunFolder(machine_folder(folder.location) / "work")
 
 
 class RunMirror:

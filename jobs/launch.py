@@ -24,6 +24,7 @@ from dabnn.spec import TrainSpec
 from jobs.growth import forget_wish, leave_wish
 from jobs.nodes import Seen, seen
 from jobs.preflight import Wanted, look_at, wait_for_store
+from jobs.system_metrics import sampling
 from orchestrator.capacity import Needs, Node, num_places, shortage
 from orchestrator.config import Config
 from orchestrator.config_sections import Cluster as ClusterConfig
@@ -72,7 +73,7 @@ def launch(
     wait_for_store(folder, spec.checkpoint.retry_s, tell)
     folder.forget_result()
     if not config.cluster.num_workers:
-        return _train_watched(spec, folder, config.cluster)
+        return _train_watched(spec, folder, config)
     if not config.cluster.wait:
         check_capacity(config.cluster)
     return _Attempts(spec, folder, config, name, tracking_uri, tell).run()
@@ -83,8 +84,17 @@ def train_here(
     folder: RunFolder,
     cluster: ClusterConfig,
     observer: Observer | None = None,
+    *,
+    system_metrics_s: float = 0.0,
 ) -> None:
     """Run the loop in this process, on the CPU or the GPU that Ray gave it, and look at it from this thread.
+
+    Args:
+        spec: The run.
+        folder: The run's folder.
+        cluster: What the process was given.
+        observer: Told about each finished epoch.
+        system_metrics_s: Seconds between two samples of the machine's load; 0 for none.
 
     Raises:
         HangError: It hangs; its thread is left behind, to be ended with the process.
@@ -102,16 +112,17 @@ def train_here(
         world = World.current("cuda" if cluster.gpus_per_worker else "cpu")
         train(spec, folder, world=world, observer=observer, watch=watch)
 
-    watched(loop, watch)
+    with sampling(folder, system_metrics_s):
+        watched(loop, watch)
 
 
-def _train_watched(spec: TrainSpec, folder: RunFolder, cluster: ClusterConfig) -> dict[str, Any]:
+def _train_watched(spec: TrainSpec, folder: RunFolder, config: Config) -> dict[str, Any]:
     """Train in this process, whose main thread this must be, and return the result."""
     from dabnn.watch import heed_sigterm
 
     heed_sigterm()
     try:
-        train_here(spec, folder, cluster)
+        train_here(spec, folder, config.cluster, system_metrics_s=config.tracking.system_metrics_s)
     except LeavingError:
         return _stopped(folder, "told to end (SIGTERM) and saved a checkpoint; `dab resume` goes on from it")
     return _result(folder)

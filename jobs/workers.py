@@ -26,6 +26,7 @@ from dabnn.train import train
 from dabnn.watch import WorkerWatch, hang_limit_s, watched
 from jobs.group import Group, inner
 from jobs.growth import GrowthWatch
+from jobs.system_metrics import sampling
 from jobs.watch import HeedSigterm, notice_of_ray
 from orchestrator.capacity import Needs
 from orchestrator.config import Config
@@ -104,6 +105,7 @@ def fit(spec: TrainSpec, folder: RunFolder, config: Config, name: str, places: S
             "threads": cluster.cpus_per_worker,
             "hang_s": hang_s,
             "may_grow": len(places) < cluster.num_workers,
+            "system_metrics_s": config.tracking.system_metrics_s,
         },
         torch_config=_Network(
             backend="nccl" if cluster.gpus_per_worker else "gloo",
@@ -144,7 +146,8 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
         folder, world.rank, ray.util.get_node_ip_address(), hang_s=settings["hang_s"], notice=notice_of_ray
     )
     watch = GrowthWatch(folder, own) if settings["may_grow"] and world.is_main else own
-    watched(lambda: _loop(spec, folder, world, watch, num_threads=max(1, int(settings["threads"]))), own)
+    with sampling(folder, settings["system_metrics_s"] if world.is_main else 0.0):
+        watched(lambda: _loop(spec, folder, world, watch, num_threads=max(1, int(settings["threads"]))), own)
 
 
 def _loop(spec: TrainSpec, folder: RunFolder, world: World, watch: Watch, *, num_threads: int) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 from dabnn.errors import DabError, InvalidInputError
 from dabnn.planner import ONE_SIDED, UNPACKED, Budget
 from dabnn.run_folder import headline
-from orchestrator import cluster_view, deliver, runs
+from orchestrator import cluster_view, deliver, registry, runs
 from orchestrator import sensitivity as sensitivities
 from orchestrator.cluster import cluster_down, cluster_status, ensure_cluster
 from orchestrator.config import load_config, to_dict
@@ -193,6 +195,19 @@ def export(uri: str | None, reference: str, file: Path, *, half: bool, form: str
         f"same class on {100 * data['same_argmax']:.2f} % of {data['num_samples']} images, "
         f"top-1 {data['top1_float_path']:.2f} % trained, {data['top1_packed']:.2f} % packed{compared}"
     )
+
+
+def register(uri: str | None, reference: str, *, model: str | None, aliases: list[str], say: Say) -> tuple[View, str]:
+    """Register a run's packed model; return the version, and the command that serves it."""
+    registry.check_names(model, aliases)
+    tracker = tracking_uri(uri, say, reference)
+    made = registry.register_run(tracker, reference, model=model, aliases=aliases, say=say)
+    known = "" if made.is_new else " (known already)"
+    named = "".join(f", {made.name}@{alias}" for alias in made.aliases)
+    text = f"{made.uri}{known}{named}: {int(made.tags['packed_bytes']):,} bytes, top-1 {made.tags['packed_top1']} %"
+    place = "" if shutil.which("mlflow") else f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH "
+    serve = f"{place}MLFLOW_TRACKING_URI={tracker} mlflow models serve -m {shlex.quote(made.uri)} --env-manager local"
+    return (asdict(made) | {"tracking_uri": tracker}, text), serve
 
 
 def evaluate(

@@ -424,3 +424,9 @@ class Tracking(Section):
     experiment: str = Field(
         default="dab", min_length=1, max_length=100, description="MLflow experiment that the run belongs to"
     )
+    system_metrics_s: float = Field(
+        default=10.0,
+        ge=0,
+        description="seconds between two samples of the load (CPU, memory, disk, network, GPUs) of rank 0's machine, "
+        "more on long runs; 0: none",
+    )

@@ -1,7 +1,7 @@
 """Export, evaluation and prediction of runs and packed files, recorded with the run they come from."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,14 +9,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dabnn import deliver
-from dabnn.checkpoints import best_checkpoint
+from dabnn.checkpoints import Checkpoint, best_checkpoint
 from dabnn.convert import form_of as form_of
 from dabnn.convert import load_model
 from dabnn.data import load_manifest
 from dabnn.errors import InvalidInputError
 from dabnn.models import ModelSpec, Network
-from dabnn.packed import Normalization, Provenance
+from dabnn.packed import Normalization, PackedModel, Provenance
 from dabnn.run_folder import RunFolder
+from dabnn.verify import Verification
 from orchestrator import tracking
 from orchestrator.found_runs import best_run as best_run
 from orchestrator.found_runs import folder_of
@@ -48,6 +49,23 @@ class Trained:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class Exported:
+    """The packed model of a checkpoint.
+
+    Attributes:
+        checkpoint: Where it was made from.
+        verification: How it compares with the trained network.
+        packed: The model.
+        file_bytes: Size of its file.
+    """
+
+    checkpoint: Checkpoint
+    verification: Verification
+    packed: PackedModel
+    file_bytes: int
+
+
 def export_run(uri: str, reference: str, file: Path, *, half: bool = False, form: str | None = None) -> dict[str, Any]:
     """Export the best checkpoint of a run, or of the best trial of a sweep; record the file.
 
@@ -69,35 +87,19 @@ def export_run(uri: str, reference: str, file: Path, *, half: bool = False, form
     chosen = form_of(file, form)
     deliver.make_folder_of(file)
     record = best_run(uri, reference)
-    data = Job.load(folder_of(record)).parsed_config().data
-    checkpoint = best_checkpoint(folder_of(record))
-    val = data.val or data.train
-    with TemporaryDirectory() as folder:
-        verification, packed, file_bytes = deliver.export(
-            checkpoint.path,
-            file if chosen == "packed" else Path(folder) / "model.safetensors",
-            train_data=data.train,
-            val_data=val,
-            transform=data.transform,
-            mean=data.mean,
-            std=data.std,
-            batch_size=data.eval_batch_size,
-            half=half,
-            provenance=Provenance(
-                run_id=record.run_id,
-                git_commit=record.tags.get("dab.git_commit"),
-                data_digest=record.tags.get("dab.data_digest"),
-                dab_version=version("dab"),
-            ),
-        )
-    comparison = None
+    folder = folder_of(record)
+    with TemporaryDirectory() as temporary:
+        packed_file = file if chosen == "packed" else Path(temporary) / "model.safetensors"
+        exported = export_best(folder, packed_file, run_id=record.run_id, tags=record.tags, half=half)
+    packed, file_bytes, comparison = exported.packed, exported.file_bytes, None
     if chosen != "packed":
-        comparison = deliver.export_converted(packed, file, chosen, val, data.eval_batch_size)
+        data = Job.load(folder).parsed_config().data
+        comparison = deliver.export_converted(packed, file, chosen, data.val or data.train, data.eval_batch_size)
         file_bytes = comparison.file_bytes
-    result = asdict(verification) | {
+    result = asdict(exported.verification) | {
         "file": str(file),
         "run_id": record.run_id,
-        "checkpoint_step": checkpoint.step,
+        "checkpoint_step": exported.checkpoint.step,
         "file_bytes": file_bytes,
         "float_bytes": packed.float_bytes,
         "ratio": packed.float_bytes / file_bytes,
@@ -109,6 +111,43 @@ def export_run(uri: str, reference: str, file: Path, *, half: bool = False, form
     tracking.log_file(uri, record.run_id, file, "packed")
     tracking.log_json(uri, record.run_id, "packed/verification.json", result)
     return result
+
+
+def export_best(folder: RunFolder, file: Path, *, run_id: str, tags: Mapping[str, str], half: bool = False) -> Exported:
+    """Write the packed model of a run's best checkpoint, compared with the trained network; the tracker is not asked.
+
+    Args:
+        folder: The run's folder.
+        file: The packed file.
+        run_id: The run, for the file.
+        tags: What the tracker has of it; commit and data digest go into the file.
+        half: Store scalars and float layers as float16.
+
+    Raises:
+        InvalidInputError: The run has no checkpoint yet, or its data cannot be read.
+        DabError: The packed network disagrees with the trained one; no file was written.
+    """
+    data = Job.load(folder).parsed_config().data
+    checkpoint = best_checkpoint(folder)
+    provenance = Provenance(
+        run_id=run_id,
+        git_commit=tags.get("dab.git_commit"),
+        data_digest=tags.get("dab.data_digest"),
+        dab_version=version("dab"),
+    )
+    verification, packed, file_bytes = deliver.export(
+        checkpoint.path,
+        file,
+        train_data=data.train,
+        val_data=data.val or data.train,
+        transform=data.transform,
+        mean=data.mean,
+        std=data.std,
+        batch_size=data.eval_batch_size,
+        half=half,
+        provenance=provenance,
+    )
+    return Exported(checkpoint, verification, packed, file_bytes)
 
 
 def evaluate_file(

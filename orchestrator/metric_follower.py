@@ -117,11 +117,15 @@ class MetricFollower:
         self._thread.start()
 
     def follow(self, place: Path | RunFolder, run_id: str) -> None:
-        """Follow a metrics file, or that of a run, from where a follower before came to; it need not exist yet."""
-        tail = _Tail(place, run_id) if isinstance(place, Path) else _Tail(place.metrics_file, run_id, folder=place)
-        with contextlib.suppress(OSError):  # then lines are sent twice, which does no harm
-            tail.restore()
-        self._tails.append(tail)
+        """Follow a metrics file, or those of a run, from where a follower before came to; none need exist yet."""
+        if isinstance(place, Path):
+            tails = [_Tail(place, run_id)]
+        else:  # the first brings the folder up to date for both
+            tails = [_Tail(place.metrics_file, run_id, folder=place), _Tail(place.system_file, run_id)]
+        for tail in tails:
+            with contextlib.suppress(OSError):  # then lines are sent twice, which does no harm
+                tail.restore()
+        self._tails += tails
 
     def rest(self, run_id: str) -> None:
         """Send what is there of a run that has ended, and ask its store for no more."""

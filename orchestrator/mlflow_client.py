@@ -35,11 +35,13 @@ _UNKNOWN_USER = (
     "its node."
 )
 _RETRY_DELAYS_S = (0.5, 2.0)
+_NOT_REPEATED = frozenset({"create_run", "create_logged_model", "create_model_version"})
 _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # they would make a run twice whose answer was lost; `_insist` knows better
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # a server to which hundreds of trials write at once has taken 25 s
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -67,14 +69,14 @@ def connected(uri: str) -> Iterator["MlflowClient"]:
 
 
 class _Patient:
-    """A client that asks again where an answer was lost. All calls but one do no harm when they are made twice."""
+    """A client that asks again where an answer was lost; what would make a second one is its caller's to repeat."""
 
     def __init__(self, client: "MlflowClient") -> None:
         self._client = client
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._client, name)
-        return call if name == "create_run" else functools.partial(_insist, call)
+        return call if name in _NOT_REPEATED else functools.partial(_insist, call)
 
 
 def _insist(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -23,6 +23,7 @@ from orchestrator.probe import check_nodes
 from orchestrator.provenance import provenance
 from orchestrator.queue import Waiting
 from orchestrator.reach import Reached, reach
+from orchestrator.record_tags import record_of
 from orchestrator.resolve import check_room, manifest_of, model_table, resolve
 from orchestrator.search import check_trials
 from orchestrator.send import Parcel, hand_over, preview, send
@@ -395,18 +396,15 @@ def _job(kind: str, run_id: str, ready: Plan, uri: str, target: Target) -> Job:
 def _create_run(ready: Plan, uri: str, kind: str, target: Target) -> Job:
     config = ready.config
     shown = config if kind == "sweep" else config.model_copy(update={"search": None})
-    tags = provenance() | {
-        "dab.kind": kind,
-        "dab.data_digest": ready.digest,
-        "dab.packed_bytes": str(ready.packed_bytes),
-        **being_sent(),
-    }
-    run_id = tracking.create_run(uri, config.tracking.experiment, config.name, params=flatten(shown), tags=tags)
+    record = record_of(config)
+    tags = provenance() | record.tags | {"dab.kind": kind, **being_sent()}
+    run_id = tracking.create_run(
+        uri, config.tracking.experiment, config.name, params=flatten(shown), tags=tags, inputs=record.inputs
+    )
     job = _job(kind, run_id, ready, uri, target)
     with _failing(uri, run_id):
         tracking.set_tags(uri, run_id, {"dab.folder": job.folder})
         tracking.log_json(uri, run_id, "config.json", to_dict(config))
-        tracking.log_dataset(uri, run_id, digest=ready.digest, path=config.data.train, context="train")
         job.save()
         job.run_folder.leave("config.yaml", to_yaml(config if kind == "sweep" else alone(config)))
     return job

@@ -7,12 +7,13 @@ door to MLflow: the server of this machine and the follower of metrics files are
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from dabnn.data.manifest import MANIFEST_NAME
 from dabnn.errors import InvalidInputError
 from orchestrator.metric_follower import MetricFollower, has_unsent
 from orchestrator.mlflow_client import check_tracking, connected, is_refusal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 __all__ = [
+    "DataInput",
     "MetricFollower",
     "RunRecord",
     "Status",
@@ -33,8 +35,8 @@ __all__ = [
     "find_run",
     "find_runs",
     "has_unsent",
-    "log_dataset",
     "log_file",
+    "log_inputs",
     "log_json",
     "log_metrics",
     "set_status",
@@ -63,8 +65,52 @@ _MAX_TAG_CHARS = 8000
 _MAX_PARAMS_PER_CALL = 100
 _MAX_METRICS_PER_CALL = 1000
 _MAX_DIGEST_CHARS = 36
+_DATA_SCHEMA = json.dumps(
+    {
+        "mlflow_colspec": [
+            {"type": "binary", "name": "image", "required": True},
+            {"type": "long", "name": "label", "required": True},
+        ]
+    }
+)
 _ACTIVE_ONLY = 1  # mlflow.entities.ViewType, which takes seconds to import
 _PAGE_SIZE = 1000
+
+
+@dataclass(frozen=True)
+class DataInput:
+    """Data that a run reads.
+
+    Attributes:
+        path: Folder or URL of the dataset.
+        context: The split that is read, `train` or `val`.
+        digest: SHA-256 of the manifest; MLflow shows its first 36 characters, the profile holds all.
+        num_samples: Images of the split.
+        num_bytes: Bytes of its shards.
+        num_classes: Classes of the dataset.
+    """
+
+    path: str
+    context: str
+    digest: str
+    num_samples: int
+    num_bytes: int
+    num_classes: int
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset and the split: MLflow keeps one record for a name and a digest."""
+        return f"{self.path.rstrip('/').rpartition('/')[2] or 'data'}/{self.context}"
+
+    @property
+    def profile(self) -> dict[str, int | str]:
+        """What MLflow shows of it."""
+        return {
+            "num_rows": self.num_samples,
+            "num_classes": self.num_classes,
+            "num_bytes": self.num_bytes,
+            "manifest_sha256": self.digest,
+        }
 
 
 @dataclass(frozen=True)
@@ -105,6 +151,7 @@ def create_run(
     *,
     params: Mapping[str, Any],
     tags: Mapping[str, str],
+    inputs: Sequence[DataInput] = (),
     parent: str | None = None,
     key: str | None = None,
 ) -> str:
@@ -116,6 +163,7 @@ def create_run(
         name: Run name.
         params: Parameters; nested mappings become dotted names. A value beyond 6000 characters is cut and says so.
         tags: Tags; cut in the same way, beyond 8000.
+        inputs: The data that it reads.
         parent: Run id of the sweep that it belongs to.
         key: Names the run for as long as it is tried to create it: a call that failed half way is gone on with.
     """
@@ -131,6 +179,8 @@ def create_run(
         client.update_run(run_id, status=_TO_MLFLOW["queued"])
         for begin in range(0, len(entities), _MAX_PARAMS_PER_CALL):
             client.log_batch(run_id, params=entities[begin : begin + _MAX_PARAMS_PER_CALL])
+        if inputs:
+            _log_inputs(client, run_id, inputs)
     return run_id
 
 
@@ -201,24 +251,28 @@ def log_file(uri: str, run_id: str, path: Path, folder: str | None = None) -> No
         client.log_artifact(run_id, str(path), folder)
 
 
-def log_dataset(uri: str, run_id: str, digest: str, path: str, context: str) -> None:
-    """Record which data a run reads.
+def log_inputs(uri: str, run_id: str, inputs: Sequence[DataInput]) -> None:
+    """Record which data a run reads; MLflow shows it beside the run's parameters."""
+    with connected(uri) as client:
+        _log_inputs(client, run_id, inputs)
 
-    Args:
-        uri: Address of the MLflow server.
-        run_id: The run.
-        digest: SHA-256 of the manifest; MLflow shows its first 36 characters, the profile holds all.
-        path: Folder or URL of the dataset.
-        context: What for: `train` or `val`.
-    """
+
+def _log_inputs(client: "MlflowClient", run_id: str, inputs: Sequence[DataInput]) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source, profile = json.dumps({"uri": path}), json.dumps({"manifest_sha256": digest})
-    name = path.rstrip("/").rpartition("/")[2] or "data"
-    kind = path.partition("://")[0] if "://" in path else "local"
-    dataset = Dataset(name, digest[:_MAX_DIGEST_CHARS], source_type=kind, source=source, profile=profile)
-    with connected(uri) as client:
-        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+    datasets = [
+        Dataset(
+            each.name,
+            each.digest[:_MAX_DIGEST_CHARS],
+            source_type=each.path.partition("://")[0] if "://" in each.path else "local",
+            source=json.dumps({"uri": f"{each.path.rstrip('/')}/{MANIFEST_NAME}"}),
+            schema=_DATA_SCHEMA,
+            profile=json.dumps(each.profile),
+        )
+        for each in inputs
+    ]
+    tags = [[InputTag("mlflow.data.context", each.context)] for each in inputs]
+    client.log_inputs(run_id, [DatasetInput(dataset, tag) for dataset, tag in zip(datasets, tags, strict=True)])
 
 
 def find_runs(

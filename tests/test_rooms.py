@@ -41,6 +41,7 @@ ROOMS = {
                 "yaml",
                 "rich",
                 "psutil",
+                "pandas",
                 "requests",
                 "aiohttp",
             }

@@ -38,6 +38,27 @@ def export(
     out.hint("dab", "predict", str(file), "IMAGE")
 
 
+@app.command("register", epilog="Example: dab register 3f2a --model digits --alias production")
+def register(
+    run: Run,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Registered model; default the run's or sweep's name.")
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option("--alias", metavar="ALIAS", help="Name of this version. May be repeated.")
+    ] = None,
+    uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Put the packed model of a finished run, or of a sweep's best trial, into MLflow's model registry."""
+    from orchestrator import commands
+
+    out = Output(is_json=as_json)
+    view, serve = commands.register(uri, run, model=model, aliases=alias or [], say=out.note)
+    out.result(*view)
+    out.note(f"serve it: {serve}")
+
+
 @app.command("evaluate", epilog="Example: dab evaluate model.safetensors --data digits")
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN-or-FILE", help="A run, or a packed model.")],

@@ -126,7 +126,7 @@ def pair(dab: Dab, digits: Path) -> tuple[Ended, Ended]:
     before = dab.run_ids()
     following = dab.start(*narrow(digits, QUOTED))
     (run_id,) = wait_until(lambda: dab.run_ids() - before)
-    whole = dab.start(*narrow(digits, "whole"))
+    whole = dab.start(*narrow(digits, "whole", "tracking.system_metrics_s=0.2"))
     folder = dab.folder(run_id)
     wait_until(lambda: has_checkpoint(folder, 10))
     kill(processes_of(run_id, "ray::RayTrainWorker")[-1])
@@ -247,11 +247,14 @@ def test_the_tracker_holds_all_of_a_run(dab: Dab, digits: Path, whole: Ended) ->
     assert len(record.tags["dab.data_digest"]) == 64
     assert record.tags["dab.weights_sha256"] == whole.status["weights_sha256"]
     assert set(record.tags) >= {"dab.git_commit", "dab.python", "dab.version.torch", "dab.version.ray", "dab.job_id"}
+    assert set(record.tags) >= {"dab.model_digest", "dab.plan_digest", "dab.packed_bytes"}
+    assert record.metrics["system/system_memory_usage_megabytes"] > 0
     assert [step for step, _ in history(whole.uri, whole.run_id, "val_top1")] == [1, 2, 3]
     assert record.metrics["val_top1"] == whole.status["metrics"]["val_top1"]
     inputs = unchecked_client(whole.uri).get_run(whole.run_id).inputs
     assert inputs is not None
-    assert inputs.dataset_inputs[0].dataset.digest == record.tags["dab.data_digest"][:36]
+    assert {one.dataset.digest for one in inputs.dataset_inputs} == {record.tags["dab.data_digest"][:36]}
+    assert {one.tags[0].value for one in inputs.dataset_inputs} == {"train", "val"}
     assert artifact(dab, whole.uri, whole.run_id, "config.json")["model"]["width"] == 0.0625
     assert artifact(dab, whole.uri, whole.run_id, "checkpoints.json") == whole.status["checkpoints"]
 

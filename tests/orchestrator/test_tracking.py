@@ -81,6 +81,23 @@ def test_a_second_call_finds_the_server_that_runs(uri: str) -> None:
     assert 2 <= len(status.pids) <= 3  # none of the seven that MLflow adds by default
 
 
+def test_the_load_of_the_machine_is_followed_beside_the_metrics_of_a_run(
+    uri: str, run_id: str, follower: tracking.MetricFollower, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    follower.follow(folder, run_id)
+    folder.append_metrics(1, {"loss": 0.5})
+    folder.append_system(30, {"system/cpu_utilization_percentage": 12.5})
+    wait_until(lambda: len(tracking.find_run(uri, run_id).metrics) == 2)
+    assert history(uri, run_id, "system/cpu_utilization_percentage") == [(30, 12.5)]
+    assert history(uri, run_id, "loss") == [(1, 0.5)]
+    folder.system_file.unlink()  # begun anew on another machine: time goes on
+    folder.append_system(20, {"system/cpu_utilization_percentage": 50.0})
+    folder.append_system(40, {"system/cpu_utilization_percentage": 60.0})
+    wait_until(lambda: len(history(uri, run_id, "system/cpu_utilization_percentage")) == 2)
+    assert history(uri, run_id, "system/cpu_utilization_percentage") == [(30, 12.5), (40, 60.0)]
+
+
 def test_the_server_listens_on_loopback_only(uri: str) -> None:
     port = int(uri.rpartition(":")[2])
     listening = [connection for connection in psutil.net_connections("tcp") if connection.status == psutil.CONN_LISTEN]
@@ -119,7 +136,8 @@ def test_a_run_is_recorded_whole(uri: str, tmp_path: Path) -> None:
     tracking.log_json(uri, run_id, "config.json", {"a": 1})
     (tmp_path / "model.bin").write_bytes(b"\0\1")
     tracking.log_file(uri, run_id, tmp_path / "model.bin", "files")
-    tracking.log_dataset(uri, run_id, "ab" * 32, "/data/digits/", "train")
+    data = [tracking.DataInput("/data/digits/", split, "ab" * 32, 5, 99, 3) for split in ("train", "val")]
+    tracking.log_inputs(uri, run_id, data)
     record = tracking.find_run(uri, run_id)
     assert (record.metrics["loss"], record.tags["message"]) == (0.5, "")
     folder = home() / "artifacts" / record.artifact_uri.removeprefix("mlflow-artifacts:/")
@@ -127,8 +145,12 @@ def test_a_run_is_recorded_whole(uri: str, tmp_path: Path) -> None:
     assert (folder / "files" / "model.bin").read_bytes() == b"\0\1"
     inputs = unchecked_client(uri).get_run(run_id).inputs
     assert inputs is not None
-    dataset = inputs.dataset_inputs[0].dataset
-    assert (dataset.name, dataset.digest) == ("digits", ("ab" * 32)[:36])
+    shown = {one.dataset.name: (one.dataset, one.tags[0].value) for one in inputs.dataset_inputs}
+    assert {name: context for name, (_, context) in shown.items()} == {"digits/train": "train", "digits/val": "val"}
+    dataset, _ = shown["digits/val"]
+    assert (dataset.digest, json.loads(dataset.source)) == (("ab" * 32)[:36], {"uri": "/data/digits/manifest.json"})
+    profile = {"num_rows": 5, "num_classes": 3, "num_bytes": 99, "manifest_sha256": "ab" * 32}
+    assert json.loads(str(dataset.profile)) == profile
 
 
 @pytest.mark.parametrize("status", ["queued", "running", "finished", "failed", "stopped"])
