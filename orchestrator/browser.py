@@ -91,11 +91,7 @@ def _of_all(uri: str) -> Pages:
         return Pages(f"{uri}/#/experiments?{urlencode(_TRAINING)}")
     with connected(uri) as client:
         experiment = _experiment_id(client, last[0].experiment)
-        order = ["attributes.start_time DESC"]
-        sweeps = client.search_runs(
-            [experiment], "tags.`dab.kind` = 'sweep'", order_by=order, max_results=_NUM_LOOKED_AT
-        )
-        newest, best = browser_view.newest([run.info.run_id for run in sweeps]), browser_view.best()
+        newest, best = browser_view.newest(), browser_view.best()
         for key, name, view in (("dab", "Newest runs", newest), ("dab-best", "Best runs", best)):
             client.set_experiment_tag(experiment, browser_view.TAG + key, browser_view.tag_of(name, view, time.time()))
     return Pages(_table(uri, experiment, "dab"), _charts(uri, experiment, "dab-best"))

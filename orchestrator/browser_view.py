@@ -19,26 +19,17 @@ TOP1 = Aim("val_top1", "max")
 METRICS = ("val_top1", "packed_bytes", "bit_ops", "latency_ms")
 PARAMS = ("optim.max_lr", "binarize.bin_start", "binarize.bin_end", "schedule.name")
 _SIZE = Aim("packed_bytes", "min")
-_MAX_PARAMS, _MAX_EXPANDED = 8, 40
+_MAX_PARAMS = 8
 _DURATION, _DURATION_PX = "duration", 90
-_PX_PER_CHAR, _PX_BESIDE = 7.5, 34  # of a heading, and for its mark of the order
+_PX_PER_CHAR, _PX_BESIDE = 6.8, 32  # of a heading, and for its mark of the order
 _CURVES = ("val_top1", "val_loss", "train_loss")
 _WITHOUT_LAYERS = "^(?!.*/)"  # what the instruments of single layers are named by holds a slash
 _MAX_CURVES, _MAX_POINTS = 20, 100
 
 
-def newest(sweeps: Sequence[str]) -> dict[str, Any]:
-    """Return the view of an experiment, newest run first; MLflow nests trials below their sweeps in this order alone.
-
-    Args:
-        sweeps: Ids of sweeps, newest first, below which their trials are listed at once.
-    """
-    expanded = dict.fromkeys(sweeps[:_MAX_EXPANDED], True)
-    return _view([TOP1], PARAMS) | {
-        "orderByKey": "attributes.start_time",
-        "orderByAsc": False,
-        "runsExpanded": expanded,
-    }
+def newest() -> dict[str, Any]:
+    """Return the view of an experiment, newest run first; MLflow nests trials below their sweeps in this order alone."""
+    return _view([TOP1], PARAMS) | {"orderByKey": "attributes.start_time", "orderByAsc": False}
 
 
 def best(aims: Sequence[Aim] = (TOP1,), params: Sequence[str] = PARAMS, parent: str | None = None) -> dict[str, Any]:
@@ -84,7 +75,11 @@ def _view(aims: Sequence[Aim], params: Sequence[str]) -> dict[str, Any]:
         "columnOrder": [*names, _DURATION],
         "columnWidths": widths | {_DURATION: _DURATION_PX},
         "runsHiddenMode": f"FIRST_{_MAX_CURVES}_RUNS",
-        "compareRunSections": [_section("results", "Results"), _section("curves", "Model metrics")],
+        "compareRunSections": [
+            _section("results", "Results", 2),
+            _section("parameters", "Parameters", 1),
+            _section("curves", "Model metrics", 3),
+        ],
         "compareRunCharts": _charts(aims, params),
         "chartsSearchFilter": _WITHOUT_LAYERS,
     }
@@ -98,13 +93,15 @@ def _charts(aims: Sequence[Aim], params: Sequence[str]) -> list[dict[str, Any]]:
     return [
         _curve("results", curves[0]),
         _chart("SCATTER", "results", f"{aims[0].metric} against {other.metric}", against),
-        _chart("PARALLEL", "results", "parameters", lines),
+        _chart("PARALLEL", "parameters", "parameters", lines),
         *(_curve("curves", metric) for metric in curves[1:]),
     ]
 
 
 def _curve(section: str, metric: str) -> dict[str, Any]:
-    return _chart("LINE", section, metric, {"metricKey": metric, "selectedMetricKeys": [metric]})
+    scales = {"xAxisKey": "step", "xAxisScaleType": "linear", "scaleType": "linear", "range": {}}
+    shared = {"lineSmoothness": 0, "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True}
+    return _chart("LINE", section, metric, {"metricKey": metric, "selectedMetricKeys": [metric]} | scales | shared)
 
 
 def _chart(kind: str, section: str, name: str, rest: dict[str, Any]) -> dict[str, Any]:
@@ -112,8 +109,9 @@ def _chart(kind: str, section: str, name: str, rest: dict[str, Any]) -> dict[str
     return {"runsCountToCompare": _MAX_CURVES, "deleted": False, "isGenerated": False} | about | rest
 
 
-def _section(uuid: str, name: str) -> dict[str, Any]:
-    return {"uuid": uuid, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": True}
+def _section(uuid: str, name: str, columns: int) -> dict[str, Any]:
+    shown = {"display": True, "isReordered": False, "deleted": False, "isGenerated": True}
+    return {"uuid": uuid, "name": name, "columns": columns} | shown
 
 
 def _axis(metric: str) -> dict[str, str]:
