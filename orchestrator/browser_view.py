@@ -21,14 +21,14 @@ PARAMS = ("optim.max_lr", "binarize.bin_start", "binarize.bin_end", "schedule.na
 _SIZE = Aim("packed_bytes", "min")
 _MAX_PARAMS = 8
 _DURATION, _DURATION_PX = "duration", 90
-_PX_PER_CHAR, _PX_BESIDE = 6.8, 32  # of a heading, and for its mark of the order
+_PX_PER_CHAR, _PX_BESIDE = 6.8, 40  # of a heading, and for its mark of the order
 _CURVES = ("val_top1", "val_loss", "train_loss")
 _WITHOUT_LAYERS = "^(?!.*/)"  # what the instruments of single layers are named by holds a slash
 _MAX_CURVES, _MAX_POINTS = 20, 100
 
 
 def newest() -> dict[str, Any]:
-    """Return the view of an experiment, newest run first; MLflow nests trials below their sweeps in this order alone."""
+    """Return the view of an experiment, newest run first: MLflow nests trials below sweeps in this order alone."""
     return _view([TOP1], PARAMS) | {"orderByKey": "attributes.start_time", "orderByAsc": False}
 
 
@@ -80,6 +80,7 @@ def _view(aims: Sequence[Aim], params: Sequence[str]) -> dict[str, Any]:
             _section("parameters", "Parameters", 1),
             _section("curves", "Model metrics", 3),
         ],
+        "isAccordionReordered": True,  # else by name
         "compareRunCharts": _charts(aims, params),
         "chartsSearchFilter": _WITHOUT_LAYERS,
     }
@@ -88,7 +89,12 @@ def _view(aims: Sequence[Aim], params: Sequence[str]) -> dict[str, Any]:
 def _charts(aims: Sequence[Aim], params: Sequence[str]) -> list[dict[str, Any]]:
     other = next((aim for aim in [*aims, _SIZE, TOP1] if aim.metric != aims[0].metric), _SIZE)
     against = {"xaxis": _axis(other.metric), "yaxis": _axis(aims[0].metric), "runsCountToCompare": _MAX_POINTS}
-    lines = {"selectedParams": list(params), "selectedMetrics": [aim.metric for aim in aims], "showAllRuns": False}
+    # Coloured by the last one.
+    lines = {
+        "selectedParams": list(params),
+        "selectedMetrics": [aim.metric for aim in reversed(aims)],
+        "showAllRuns": False,
+    }
     curves = list(dict.fromkeys([*(aim.metric for aim in aims if aim.metric.startswith("val_")), *_CURVES]))
     return [
         _curve("results", curves[0]),
@@ -110,7 +116,7 @@ def _chart(kind: str, section: str, name: str, rest: dict[str, Any]) -> dict[str
 
 
 def _section(uuid: str, name: str, columns: int) -> dict[str, Any]:
-    shown = {"display": True, "isReordered": False, "deleted": False, "isGenerated": True}
+    shown = {"display": True, "isReordered": True, "deleted": False, "isGenerated": True}
     return {"uuid": uuid, "name": name, "columns": columns} | shown
 
 

@@ -24,16 +24,16 @@ th { cursor: pointer; position: sticky; top: 0; background: #fff; font-weight: 6
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
 tr.mark td { background: #fdf1e7; }
 a { color: #0072b2; }
-#framed { position: sticky; top: 0; z-index: 1; background: #eef5fa; border-left: 3px solid #0072b2; padding: .3rem .8rem;
-  max-width: none; font-size: 13px; }
+#framed { position: sticky; top: 0; z-index: 1; background: #eef5fa; border-left: 3px solid #0072b2;
+  padding: .3rem .8rem; max-width: none; font-size: 13px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: .8rem; }
 figure { margin: 0; }
 figure img { width: 100%; image-rendering: pixelated; border: 1px solid #ddd; }
 figcaption { font-size: 12px; line-height: 1.3; color: #333; }
 </style></head><body>
 <h1>$title</h1>$summary
-<p id="framed" hidden>Runs open from here by a click with the middle button, or with Ctrl (&#8984; on a Mac) held; a click on
-a mark of a chart names its run. <a target="_blank" rel="noopener"></a></p>
+<p id="framed" hidden>Runs open from here by a click with the middle button, or with Ctrl (&#8984; on a Mac) held; a
+click on a mark of a chart names its run. <a target="_blank" rel="noopener"></a></p>
 <dl>$facts</dl>
 $body
 <script>$script</script>
