@@ -74,9 +74,9 @@ def expand_all(page: Page) -> None:
 
 
 def headings(page: Page) -> list[str]:
-    """Returns the headings of the table that is shown, from left to right, those that are not scrolled out of sight."""
+    """Returns the headings right of names and dates, from left to right, those that are not scrolled out of sight."""
     page.wait_for_timeout(1000)  # the columns are put in order after they are drawn
-    cells = page.locator(".ag-header-cell").all()
+    cells = page.locator(".ag-header-viewport .ag-header-cell").all()
     cells.sort(key=lambda cell: int(cell.get_attribute("aria-colindex") or 0))
     return [text for text in (cell.inner_text().strip() for cell in cells) if text]
 
