@@ -20,7 +20,8 @@ METRICS = ("val_top1", "packed_bytes", "bit_ops", "latency_ms")
 PARAMS = ("optim.max_lr", "binarize.bin_start", "binarize.bin_end", "schedule.name")
 _SIZE = Aim("packed_bytes", "min")
 _MAX_PARAMS = 8
-_DURATION, _DURATION_PX = "duration", 90
+_BEFORE = {"attributes.`Run Name`": 240, "runDateAndNestInfo": 150}  # columns that are always shown, and their widths
+_AFTER = {"duration": 90}
 _PX_PER_CHAR, _PX_BESIDE = 6.8, 40  # of a heading, and for its mark of the order
 _CURVES = ("val_top1", "val_loss", "train_loss")
 _WITHOUT_LAYERS = "^(?!.*/)"  # what the instruments of single layers are named by holds a slash
@@ -69,11 +70,11 @@ def _view(aims: Sequence[Aim], params: Sequence[str]) -> dict[str, Any]:
     params = params[:_MAX_PARAMS]
     metrics = list(dict.fromkeys([*(aim.metric for aim in aims), *METRICS]))
     names = {_metric(metric): metric for metric in metrics} | {f"params.`{param}`": param for param in params}
-    widths = {column: round(_PX_PER_CHAR * len(name) + _PX_BESIDE) for column, name in names.items()}
+    own = {column: round(_PX_PER_CHAR * len(name) + _PX_BESIDE) for column, name in names.items()}
     return {
         "selectedColumns": list(names),
-        "columnOrder": [*names, _DURATION],
-        "columnWidths": widths | {_DURATION: _DURATION_PX},
+        "columnOrder": [*_BEFORE, *names, *_AFTER],
+        "columnWidths": _BEFORE | own | _AFTER,
         "runsHiddenMode": f"FIRST_{_MAX_CURVES}_RUNS",
         "compareRunSections": [
             _section("results", "Results", 2),
