@@ -12,8 +12,8 @@ prints until rows are visible, in a fresh profile of the web browser (nothing ca
 - `charts`: the curves of the 20 best runs;
 - `plain`: the page as MLflow opens it without a view.
 
-`search_s` is what the server takes to answer the search behind the table. The slowest of the views must open within
-3 s (median, fresh profile), else the benchmark fails.
+`search_s` is what the server takes to answer the search behind the table. The pages whose addresses `dab ui` prints
+(newest, sweep, charts) must open within 3 s (median, fresh profile), else the benchmark fails.
 """
 
 import argparse
@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from screenshots import chromium, new_page
 
 LIMIT_S = 3.0
+PRINTED = ("newest", "sweep", "charts")
 NUM_STEPS, NUM_TRIALS = 20, 49
 METRICS = ("val_top1", "val_top5", "val_loss", "train_loss", "lr", "packed_bytes", "bit_ops", "latency_ms")
 SCHEDULES = ("decay", "cosine", "one_cycle")
@@ -59,7 +60,7 @@ def main() -> None:
         finally:
             tracking.tracking_down()
     record("browser_runs", rows, runs=options.runs, limit_s=LIMIT_S)
-    slow = {row["page"]: row["fresh_s"] for row in rows if row["page"] != "plain" and row["fresh_s"] > LIMIT_S}
+    slow = {row["page"]: row["fresh_s"] for row in rows if row["page"] in PRINTED and row["fresh_s"] > LIMIT_S}
     sys.exit(f"over {LIMIT_S} s: {slow}" if slow else 0)
 
 
