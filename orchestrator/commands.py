@@ -285,14 +285,6 @@ def after_sensitivity(data: dict[str, Any]) -> list[str]:
     return ["dab", "submit", data["config"], *(part for change in changes for part in ("--set", change))]
 
 
-def start_browser(port: int | None, say: Say) -> View:
-    """Return the address of the experiment browser, started if it does not run."""
-    uri = ensure_tracking(port=port, on_wait=patiently(say))
-    found = tracking_status()
-    guard = "" if found.user is None else f"\nuser: {found.user}, password: that in {found.password_file}"
-    return {"tracking_uri": uri, "user": found.user, "password_file": found.password_file}, uri + guard
-
-
 def bring_cluster_up(num_cpus: int | None, port: int | None, dashboard_port: int | None, say: Say) -> View:
     """Start the embedded cluster, or find it running."""
     on_wait = patiently(say)

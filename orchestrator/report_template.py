@@ -24,18 +24,36 @@ th { cursor: pointer; position: sticky; top: 0; background: #fff; font-weight: 6
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
 tr.mark td { background: #fdf1e7; }
 a { color: #0072b2; }
+#framed { position: sticky; top: 0; z-index: 1; background: #eef5fa; border-left: 3px solid #0072b2;
+  padding: .3rem .8rem; max-width: none; font-size: 13px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: .8rem; }
 figure { margin: 0; }
 figure img { width: 100%; image-rendering: pixelated; border: 1px solid #ddd; }
 figcaption { font-size: 12px; line-height: 1.3; color: #333; }
 </style></head><body>
-<h1>$title</h1>$summary<dl>$facts</dl>
+<h1>$title</h1>$summary
+<p id="framed" hidden>Runs open from here by a click with the middle button, or with Ctrl (&#8984; on a Mac) held; a
+click on a mark of a chart names its run. <a target="_blank" rel="noopener"></a></p>
+<dl>$facts</dl>
 $body
 <script>$script</script>
 <script>
-const specs = $specs;
+// MLflow shows pages as blobs, from an address that may be a forwarded port, in a frame that opens no link on a click.
+const framed = self.origin === "null" && location.protocol === "blob:";
+const reached = text => framed ? text.replace(/https?:\\/\\/[^"\\/]+(?=\\/#\\/runs\\/)/g, location.origin) : text;
+const note = document.getElementById("framed");
+const name_run = url => { note.lastElementChild.href = note.lastElementChild.textContent = url; };
+const named = {load: () => Promise.reject(), sanitize: url => { name_run(url); return Promise.reject(); }};
+document.querySelectorAll("td a").forEach(link => link.href = reached(link.href));
+if (framed) {
+  note.hidden = false;
+  document.addEventListener("click", event => {
+    if (event.target.closest("a[target]") && !event.ctrlKey && !event.metaKey) event.preventDefault();
+  });
+}
+const specs = JSON.parse(reached(JSON.stringify($specs)));
 const actions = {export: true, source: false, compiled: false, editor: false};
-const options = {actions, renderer: "canvas", loader: {target: "_blank"}};
+const options = {actions, renderer: "canvas", loader: framed ? named : {target: "_blank"}};
 for (const [name, spec] of Object.entries(specs))
   vegaEmbed("#" + name, spec, options).catch(error => console.error(name, error));
 const key = cell => "v" in cell.dataset ? Number(cell.dataset.v) : cell.textContent;

@@ -4,22 +4,29 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.arguments import Json
+from orchestrator.cli.arguments import Json, TrackingUri
 from orchestrator.output import DabError, Output
 
 app = typer.Typer()
 
 
-@app.command("ui", epilog="Example: dab ui --port 5000")
+@app.command("ui", epilog="Example: dab ui digits-sweep")
 def ui(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN|SWEEP]", help="What to show; default the experiment that ran last.")
+    ] = None,
     port: Annotated[int | None, typer.Option(help="Port on loopback; default a free one.")] = None,
+    opens: Annotated[
+        bool | None, typer.Option("--open/--no-open", help="Open the web browser; default where there is a desktop.")
+    ] = None,
+    uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Start the experiment browser and print its address. `dab cluster down` ends it."""
-    from orchestrator import commands
+    """Start the experiment browser, open it and print its address. `dab cluster down` ends it."""
+    from orchestrator.browser import start_browser
 
     out = Output(is_json=as_json)
-    out.result(*commands.start_browser(port, out.note))
+    out.result(*start_browser(run, uri, port, opens=opens, say=out.note, is_json=as_json))
 
 
 @app.command("demo", epilog="Example: dab demo")
