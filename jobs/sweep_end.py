@@ -6,7 +6,7 @@ from typing import Any
 
 from dabnn.errors import DabError
 from dabnn.run_folder import headline
-from jobs.ledger import trial_name
+from jobs.ledger import trial_folder, trial_name
 from jobs.train import say
 from orchestrator import tracking
 from orchestrator.config_search import Search
@@ -14,6 +14,7 @@ from orchestrator.job import Job
 from orchestrator.study import Study, StudyTrial
 
 _log = logging.getLogger(__name__)
+_MAX_REGISTERED = 20  # each is exported and compared with the trained network
 _MAX_TAGGED = 100  # trials of a front; what a tag holds is cut
 _NOTE = "mlflow.note.content"  # shown at the top of the run's page
 
@@ -42,6 +43,8 @@ def conclude(job: Job, search: Search, study: Study, run_of: Callable[[int], str
     more = ", ..." if len(search.objectives) > 1 and len(front) > 5 else ""
     message = found + more + (" (stopped before all trials ran)" if was_stopped else "")
     _record(job, best, front, metrics, run_of)
+    if search.register_best:
+        _register(job, search, front, run_of)
     return {"status": status, "message": message, "metrics": metrics, "best": run_of(best.number), "front": names}
 
 
@@ -92,7 +95,25 @@ def _record(
     _tolerate("the report", lambda: log_report(uri, run_id, job.run_folder))
 
 
-def _tolerate(what: str, call: Callable[[], None]) -> None:
+def _register(job: Job, search: Search, front: list[StudyTrial], run_of: Callable[[int], str | None]) -> None:
+    """Make the best trial, or the front, versions of a model in MLflow's registry."""
+    from orchestrator.registry import Entry, model_name, register_front
+
+    entries = [
+        Entry(run_of(trial.number) or "", trial_folder(job, trial.number), trial.metrics, trial_name(job, trial.number))
+        for trial in front[:_MAX_REGISTERED]
+    ]
+    left = f" ({len(front) - len(entries)} more of the front: `dab register`)" if len(front) > len(entries) else ""
+    say(f"registering {len(entries)} packed models as {model_name(job.name)}{left}")
+    _tolerate(
+        "the models",
+        lambda: register_front(
+            job.tracking_uri, job.run_id, entries, search.objectives, model=model_name(job.name), say=say
+        ),
+    )
+
+
+def _tolerate(what: str, call: Callable[[], object]) -> None:
     try:
         call()
     except DabError as error:

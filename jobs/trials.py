@@ -16,6 +16,7 @@ from orchestrator import tracking
 from orchestrator.config import alone, flatten, to_dict, to_yaml, with_overrides
 from orchestrator.config_search import Search
 from orchestrator.job import Job
+from orchestrator.record_tags import record_of
 from orchestrator.search import trial_config
 from orchestrator.study import StudyTrial
 from orchestrator.tracking import MetricFollower
@@ -161,10 +162,17 @@ class TrialRecorder:
             "dab.job_id": self._job.job_id,
         }
         uri, parent = self._job.tracking_uri, self._job.run_id
+        record = record_of(child.parsed_config())
         run_id = tracking.create_run(
-            uri, child.experiment, child.name, params=params, tags=tags | child.whereabouts, parent=parent,
+            uri,
+            child.experiment,
+            child.name,
+            params=params,
+            tags=record.tags | tags | child.whereabouts,
+            inputs=record.inputs,
+            parent=parent,
             key=f"{parent}-{number:04d}",
-        )  # fmt: skip
+        )
         child = replace(child, run_id=run_id)
         static = self._ledger.static_of(number)
         if static:

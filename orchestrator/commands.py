@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dabnn.errors import DabError, InvalidInputError
-from dabnn.planner import ONE_SIDED, UNPACKED, Budget
+from dabnn.planner import Budget
 from dabnn.run_folder import headline
 from orchestrator import cluster_view, deliver, registry, runs
 from orchestrator import sensitivity as sensitivities
@@ -27,6 +27,7 @@ from orchestrator.own_images import Images, wanted_config
 from orchestrator.reach import reach
 from orchestrator.resolve import train_spec
 from orchestrator.runs import RunStatus
+from orchestrator.sensitivity_text import sensitivity_text
 from orchestrator.sent_runs import tracker_at, tracker_of
 from orchestrator.submit import check_size, placed, plan, preview_of, resolved, submit
 from orchestrator.sweep_table import watch
@@ -274,7 +275,7 @@ def sensitivity(
     if file is not None:
         sensitivities.save_plan(file, found, plan)
     data = found | {"plan": asdict(plan), "file": None if file is None else str(file)}
-    return data, _sensitivity_text(data)
+    return data, sensitivity_text(data)
 
 
 def after_sensitivity(data: dict[str, Any]) -> list[str]:
@@ -346,50 +347,6 @@ def _budget(operations: float | None, num_bytes: int | None) -> Budget | None:
     if operations is not None:
         return Budget("operations", operations)
     return None if num_bytes is None else Budget("packed_bytes", num_bytes)
-
-
-def _sensitivity_text(data: dict[str, Any]) -> str:
-    plan = data["plan"]
-    columns = {
-        "layer": "index", "path": "path", "binary weights": "binary_weights", "binary inputs": "binary_inputs",
-        "input rmse": "input_rmse", "relative": "input_relative_rmse", "1 - x^2": "input_one_minus_square",
-        "weight error": "weight_error", "gain if real": "gain_if_real", "inputs only": "gain_if_real_inputs",
-        "loss if binary": "loss_if_binary", "weights only": "loss_if_binary_weights",
-    }  # fmt: skip
-    rows = [{title: layer[key] for title, key in columns.items()} for layer in data["layers"]]
-    accuracy = (
-        f"{data['name']}: top-1 {data['top1']:.2f} % of {data['num_images']:,} validation images; gains count from "
-        f"{data['top1_reestimated']:.2f} %, with BN statistics of {data['num_bn_batches']} training batches; one image "
-        f"is {100 / data['num_images']:.2f} points"
-    )
-    limit, measure = plan["budget"]["limit"], plan["budget"]["measure"].replace("packed_", "")
-    lines = [
-        accuracy,
-        str(Table.of(rows, list(columns))),
-        f"plan from {plan['based_on']}, at most {limit:,.0f} {measure}",
-        f"  binary weights: {', '.join(plan['binary_weights']) or 'none'}",
-        f"  binary inputs: {', '.join(plan['binary_inputs']) or 'none'}",
-        f"  predicted top-1: {plan['predicted_top1']:.2f} % before any training with the plan",
-        f"  operations: {plan['operations']:,.0f} (this run {plan['own_operations']:,.0f})",
-        f"  packed bytes: {plan['packed_bytes']:,} (this run {plan['own_packed_bytes']:,})",
-        *_left_out_lines(plan["left_out"]),
-    ]
-    return "\n".join(lines)
-
-
-def _left_out_lines(left_out: dict[str, str]) -> list[str]:
-    """Return a line a reason for which layers were not considered with binary weights and inputs."""
-    why = {
-        ONE_SIDED: "their inputs are on one side of zero, as behind a ReLU, so that their signs would say nothing; a "
-        "variant with signs (`dab models`) has BN before them",
-        UNPACKED: "as depthwise or dilated layers they have no packed form, and export would refuse them",
-    }
-    return [
-        f"  not considered with binary inputs: {', '.join(path for path, each in left_out.items() if each == reason)} "
-        f"({text})"
-        for reason, text in why.items()
-        if reason in left_out.values()
-    ]
 
 
 def _follow_to_end(job: Job, target: Target, *, detach: bool, say: Say) -> View:

@@ -210,6 +210,10 @@ class Search(Section):
     latency: Latency = Field(default_factory=Latency, description="where latency_ms is measured")
     epochs: int | None = Field(default=None, ge=1, description="epochs of one trial; null: train.epochs")
     max_concurrent: int | None = Field(default=None, ge=1, description="trials at a time; null: as many as fit")
+    register_best: bool = Field(
+        default=True,
+        description="whether the best trial, or up to 20 of the front, become versions in MLflow's model registry",
+    )
     max_minutes: float | None = Field(
         default=None, gt=0, description="minutes after which no further trial starts; null: no limit"
     )
