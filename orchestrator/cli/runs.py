@@ -47,14 +47,9 @@ def submit(
         config, changes, sweep=sweep, detach=detach, say=out.note, address=address, images=own
     )
     out.result(data, text)
-    out.hint(
-        "dab",
-        *(
-            ["logs", data["run_id"][:8], "--follow"]
-            if detach
-            else ["export", data["run_id"][:8], "-o", "model.safetensors"]
-        ),
-    )
+    short = data["run_id"][:8]
+    ended = ["ui", short] if sweep else ["export", short, "-o", "model.safetensors"]
+    out.hint("dab", *(["logs", short, "--follow"] if detach else ended))
 
 
 @listing.callback(invoke_without_command=True, epilog="Example: dab runs --experiment dab")
